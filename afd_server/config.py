@@ -1,0 +1,145 @@
+"""Every setting of a server, once: name, default, unit, room of the house, and the checks that need no machine.
+
+The command line, the YAML file of `--config` and the docs are all made from the fields of `ServeConfig`; its names are
+vLLM's where vLLM has the thing. What depends on the machine ("auto") is resolved later and printed at start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from afd_server.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16")
+WIRE_DTYPES = ("auto", "float32", "bfloat16", "fp8")
+TRANSPORTS = ("auto", "inproc", "shm", "tcp")
+MAX_MICRO_BATCHES = 4
+
+
+def option(default: Any, room: str, help: str, choices: Iterable[str] | None = None) -> Any:
+    """A setting with what a person must know of it. `help` names the unit."""
+    return field(default=default, metadata={"room": room, "help": help, "choices": tuple(choices or ())})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """How one server is laid out. Frozen: it is handed to every worker as it is."""
+
+    model: str = option("", "model", "a Hugging Face directory, or a hub name where the network allows")
+    served_model_name: str | None = option(None, "model", "the name that clients use; default: MODEL as given")
+    dtype: str = option("auto", "model", "type of weights and activations; auto: the checkpoint's", DTYPES)
+    max_model_len: int | None = option(None, "model", "longest prompt + output, tokens; default: the model's own")
+    trust_remote_code: bool = option(False, "model", "accepted for compatibility; no remote code is ever run")
+    seed: int = option(0, "model", "seed from which the seeds of requests without one are drawn")
+
+    host: str = option("127.0.0.1", "api", "address to listen on")
+    port: int = option(8000, "api", "TCP port to listen on")
+    api_key: str | None = option(None, "api", "clients must send it as a bearer token")
+    shutdown_timeout: float = option(30.0, "api", "seconds that running requests may take after SIGTERM")
+
+    max_num_seqs: int = option(64, "engine", "requests running at once on each attention worker")
+    max_num_batched_tokens: int = option(2048, "engine", "tokens of one step on each attention worker")
+    enable_chunked_prefill: bool = option(True, "engine", "cut long prompts to fit a step")
+    enable_prefix_caching: bool = option(True, "kvcache", "share KV blocks of equal prompt beginnings")
+    block_size: int = option(16, "kvcache", "tokens in one KV block")
+    kv_cache_memory_bytes: int | None = option(
+        None, "kvcache", "bytes of KV cache on each attention worker; default: a share of what is free"
+    )
+
+    attention_workers: int = option(1, "cluster", "attention workers, each a replica with its own requests")
+    ffn_workers: int = option(1, "cluster", "FFN workers in all: replicas x expert shards x tensor shards")
+    ffn_parallel: str = option("ep", "cluster", "how FFN workers of a replica share the weights: ep, tp or <ep>x<tp>")
+    ffn_replicas: int = option(1, "cluster", "copies of the whole FFN side")
+    gate_on: str = option("attention", "cluster", "which side runs the router of a MoE layer", ("attention", "ffn"))
+    executor: str = option("ray", "cluster", "ray: one actor a worker; local: threads of one process", ("ray", "local"))
+    ray_address: str | None = option(None, "cluster", "a running Ray cluster; default: start one on this host")
+    device: str = option("auto", "cluster", "where the tensors live; auto: cuda if there is one", ("auto", "cpu", "cuda"))
+    attention_resource: str | None = option(
+        None, "cluster", "custom Ray resource that a node for attention workers must offer"
+    )
+    ffn_resource: str | None = option(None, "cluster", "custom Ray resource that a node for FFN workers must offer")
+    start_timeout: float = option(300.0, "cluster", "seconds that placing and loading the workers may take")
+
+    micro_batches: str = option("auto", "pipeline", "micro-batches in flight, 1 to 4; auto: by measured times")
+    transport: str = option("auto", "pipeline", "path of the activations; auto: by where the workers are", TRANSPORTS)
+    wire_dtype: str = option("auto", "pipeline", "type of activations on the wire; auto: the model's", WIRE_DTYPES)
+    ffn_timeout: float = option(60.0, "pipeline", "seconds to wait for one FFN answer, restarts included")
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            _check_type(setting, getattr(self, setting.name))
+        _check_positive(self, "max_num_seqs", "max_num_batched_tokens", "block_size", "attention_workers",
+                        "ffn_workers", "ffn_replicas", "max_model_len", "kv_cache_memory_bytes",
+                        "start_timeout", "ffn_timeout")  # fmt: skip
+        if not 0 <= self.port <= 65535:
+            raise ConfigError("--port", f"{self.port} is not a TCP port", "0 to 65535; 0 takes a free one")
+        if self.shutdown_timeout < 0:
+            raise ConfigError("--shutdown-timeout", "is negative")
+        if self.micro_batches != "auto" and self.micro_batches not in map(str, range(1, MAX_MICRO_BATCHES + 1)):
+            raise ConfigError("--micro-batches", f"{self.micro_batches!r} is not auto or 1 to {MAX_MICRO_BATCHES}")
+        if self.transport == "inproc" and self.executor != "local":
+            raise ConfigError("--transport", "inproc joins threads of one process", "add --executor local")
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < (self.max_model_len or 0):
+            raise ConfigError("--max-num-batched-tokens", "is below --max-model-len without chunked prefill",
+                              "raise it, or leave --enable-chunked-prefill on")  # fmt: skip
+        self.ffn_shards  # noqa: B018  raises when the layout is impossible
+
+    @property
+    def ffn_shards(self) -> tuple[int, int]:
+        """(expert shards, tensor shards) of one FFN replica; their product times ffn_replicas is ffn_workers."""
+        if self.ffn_workers % self.ffn_replicas:
+            raise ConfigError("--ffn-replicas", f"{self.ffn_workers} FFN workers do not make {self.ffn_replicas} equal copies")
+        per_replica = self.ffn_workers // self.ffn_replicas
+        if self.ffn_parallel == "ep":
+            return per_replica, 1
+        if self.ffn_parallel == "tp":
+            return 1, per_replica
+        ep, _, tp = self.ffn_parallel.partition("x")
+        if not (ep.isdigit() and tp.isdigit() and int(ep) > 0 and int(tp) > 0):
+            raise ConfigError("--ffn-parallel", f"{self.ffn_parallel!r} is not ep, tp or <ep>x<tp>", "for example 2x2")
+        if int(ep) * int(tp) != per_replica:
+            raise ConfigError("--ffn-parallel", f"{self.ffn_parallel} needs {int(ep) * int(tp)} workers a replica, "
+                              f"there are {per_replica}", "change --ffn-workers")  # fmt: skip
+        return int(ep), int(tp)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str) -> ServeConfig:
+        """Settings from a file's keys (dashes or underscores). An unknown key is an error that names a near one."""
+        import difflib
+
+        known = {setting.name for setting in fields(cls)}
+        normal = {str(key).replace("-", "_"): value for key, value in values.items()}
+        for key in normal:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                raise ConfigError(source, f"unknown key {key!r}", f"did you mean {near[0]!r}?" if near else "")
+        return cls(**normal)
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-") if name != "model" else "MODEL"
+
+
+def _check_type(setting: Field[Any], value: Any) -> None:
+    wanted = str(setting.type)
+    if value is None:
+        if "None" not in wanted:
+            raise ConfigError(flag(setting.name), "has no value")
+        return
+    kind = wanted.split(" ")[0]
+    accepted = {"str": str, "int": int, "float": (int, float), "bool": bool}[kind]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
+        raise ConfigError(flag(setting.name), f"{value!r} is not of type {kind}")
+    choices = setting.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(flag(setting.name), f"{value!r} is not one of {', '.join(choices)}")
+
+
+def _check_positive(config: ServeConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ConfigError(flag(name), f"{value} is not positive")

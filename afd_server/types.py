@@ -1,0 +1,193 @@
+"""The nouns that cross rooms: what a request is, what a step is asked to do, what it gave back.
+
+Pure data on the standard library alone, so that decisions (scheduler, router, planner) can be tested in milliseconds
+and every message can be encoded without pickle. Positions and lengths count tokens; `_s` is seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. The first two are OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. vLLM's names and meanings.
+
+    seed: always set (the front-end draws one when the client gives none). The random number for output token i is a
+        function of (seed, i) alone, so a request can move between steps, batches and replicas.
+    top_k: 0 keeps the whole vocabulary.
+    logprobs: None reports none; k reports the chosen token and the k most likely ones.
+    stop_token_ids: end the request as eos does. `ignore_eos` touches the model's eos only, `min_tokens` holds back both.
+    """
+
+    max_tokens: int
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt to continue, as the router hands it to an attention replica."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one output position, before temperature and truncation.
+
+    top: the `SamplingParams.logprobs` most likely (token id, logprob), most likely first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step (or the end) of a request gave: the new tokens only, never those sent before.
+
+    logprobs: one entry per new token when the request asked for them, else empty.
+    stop_token_id: the token that ended the request when finish_reason is STOP. It is the last of token_ids.
+    cached_tokens: prompt tokens that were found in the prefix cache; set on the first output.
+    error: the sentence to show when finish_reason is ERROR.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """A request's part in one step.
+
+    start_position: how many of its tokens are in the KV cache already; token_ids follow them.
+    block_table: the request's KV blocks in order, enough for start_position + len(token_ids) tokens.
+    samples: whether the last of token_ids is the last known token, so that the step yields the next one.
+    """
+
+    request_id: str
+    start_position: int
+    token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StartedRequest:
+    """What the sampler must know before a request's first sample: here or after it comes back from preemption."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The scheduler's word to the attention worker: pure data, no tensors, everything one step needs.
+
+    micro_batches: each is run as one coroutine; no request is in two of them.
+    started: requests whose sampling state the worker must create, in this step or before it.
+    finished: requests whose sampling state it may forget (ended, aborted or preempted).
+    """
+
+    step: int
+    micro_batches: tuple[tuple[ScheduledRequest, ...], ...]
+    started: tuple[StartedRequest, ...] = ()
+    finished: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(request.token_ids) for batch in self.micro_batches for request in batch)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The next token of one request."""
+
+    request_id: str
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Where the time of one step went, in seconds, summed over its hops (one hop = one layer of one micro-batch).
+
+    attention_s: computing on the attention worker. ffn_s: computing on the FFN workers (the slowest shard per hop).
+    wire_s: round trips less the FFN's computing and queueing. bubble_s: the attention worker stood still, waiting.
+    ffn_rows: rows of the batches that the FFN workers ran for this step's calls, merged with other replicas' calls.
+    """
+
+    total_s: float
+    attention_s: float = 0.0
+    ffn_s: float = 0.0
+    wire_s: float = 0.0
+    bubble_s: float = 0.0
+    num_hops: int = 0
+    num_micro_batches: int = 1
+    num_tokens: int = 0
+    ffn_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The attention worker's answer to a StepPlan."""
+
+    step: int
+    tokens: tuple[SampledToken, ...]
+    timing: StepTiming
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """An attention replica's state after a step, for the router's choice and for the metrics.
+
+    The counters (num_preemptions, prefix_cache_*_tokens) only grow; the rest are current values.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queried_tokens: int = 0
+    prefix_cache_hit_tokens: int = 0
+    timing: StepTiming | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaUpdate:
+    """One message from an attention replica to its router: all that a step changed, in one go."""
+
+    outputs: tuple[RequestOutput, ...]
+    stats: ReplicaStats
