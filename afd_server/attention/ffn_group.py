@@ -1,0 +1,260 @@
+"""The FFN side as an attention worker sees it: one call out, one summed answer back, whatever stands behind.
+
+What lives here: which shards a call goes to and with which rows, the sum of their partial results, and what happens
+when one of them fails: the call is sent again, since it is idempotent, to another replica of that shard at once, or to
+the same worker when it is back. What does not: bytes and sockets (transport/), or the restart itself (cluster/).
+
+Shapes: T rows of the micro-batch, H hidden size, K experts per token.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from afd_server.errors import WorkerDiedError, WorkerError, WorkerTimeoutError
+from afd_server.models.ffn_call import FFNCall
+from afd_server.transport.base import Answer, CallTag, Link
+
+# From this many expert shards on a shard is sent only the rows that it owns an expert of. Below it the whole call is
+# broadcast: a token needs a given one of 2 shards with probability 0.88 in Step-3, of 4 shards with 0.59.
+SPARSE_DISPATCH_FROM = 4
+
+# How often a lost worker is tried again while its deadline runs. It is dialled, not polled: a refused connection costs
+# microseconds.
+REDIAL_EVERY_S = 0.05
+
+Connector = Callable[[float], Link]  # timeout in seconds -> a fresh link; raises WorkerError
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLayout:
+    """How the FFN workers divide the model. Worker index = (replica * ep + expert shard) * tp + tensor shard."""
+
+    replicas: int
+    ep: int
+    tp: int
+    num_experts: int  # 0 for a model without routed experts
+
+
+@dataclass(slots=True)
+class GroupTiming:
+    """What the answers of one step told, in seconds and rows."""
+
+    ffn_s: float = 0.0
+    wire_s: float = 0.0
+    ffn_rows: int = 0
+    num_hops: int = 0
+
+
+@dataclass(slots=True)
+class _Part:
+    """One shard's share of a call. rows_T is None when the shard is sent every row."""
+
+    call: FFNCall
+    rows_T: Tensor | None
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A call under way: its tag, its parts by shard, and when it left."""
+
+    tag: CallTag
+    call: FFNCall
+    parts: dict[int, _Part]
+    sent_at: float
+
+
+@dataclass(slots=True)
+class _Peer:
+    """One FFN worker: how to reach it, and the link while there is one."""
+
+    connector: Connector
+    link: Link | None = None
+    calls: set[CallTag] = field(default_factory=set)  # sent over this link and not answered yet
+
+
+class FFNGroup:
+    """Channel of a pipeline (see pipeline.py) over the links to all FFN workers.
+
+    Used by one thread, the engine's; `replace` alone may come from another.
+    """
+
+    def __init__(
+        self, connectors: Sequence[Connector], layout: GroupLayout, *, replica: int, dtype: torch.dtype, timeout_s: float
+    ) -> None:
+        self._layout = layout
+        self._replica = replica
+        self._dtype = dtype
+        self._timeout_s = timeout_s
+        shards = layout.ep * layout.tp
+        assert len(connectors) == layout.replicas * shards
+        self._peers = [_Peer(connector) for connector in connectors]
+        # Every shard's FFN replicas, the one this attention replica prefers first: the load spreads without a word.
+        self._choices = [
+            [((replica + turn) % layout.replicas) * shards + shard for turn in range(layout.replicas)]
+            for shard in range(shards)
+        ]
+        self._flights: dict[int, _Flight] = {}
+        self._lock = threading.Lock()
+        self._step = 0
+        self.timing = GroupTiming()
+
+    def begin_step(self, step: int) -> None:
+        """Calls from now on belong to `step`; whatever a failed step left under way is forgotten."""
+        self._step, self.timing = step, GroupTiming()
+        self._flights.clear()
+        for peer in self._peers:
+            peer.calls.clear()
+
+    # --- Channel ---------------------------------------------------------------------------------------------------
+
+    def send(self, micro_batch: int, call: FFNCall) -> None:
+        """Sends each shard its rows. Raises WorkerDiedError or WorkerTimeoutError when a shard stays out of reach."""
+        tag = CallTag(self._replica, self._step, call.layer, micro_batch)
+        flight = _Flight(tag, call, self._divide(call), sent_at=time.monotonic())
+        self._flights[micro_batch] = flight
+        for shard in flight.parts:
+            self._send_part(flight, shard, deadline=flight.sent_at + self._timeout_s)
+
+    def receive(self, micro_batch: int) -> Tensor:
+        """The sum of all shards' partial results, [T, H] in the model's dtype; valid until the next `send`."""
+        flight = self._flights.pop(micro_batch)
+        deadline = flight.sent_at + self._timeout_s
+        waiting_since = time.monotonic()
+        answers = {shard: self._receive_part(flight, shard, deadline) for shard in flight.parts}
+        received_at = time.monotonic()
+        self._note_times(answers.values(), received_at - flight.sent_at, waited_s=received_at - waiting_since)
+        return self._sum(flight, answers)
+
+    # --- dividing and summing --------------------------------------------------------------------------------------
+
+    def _divide(self, call: FFNCall) -> dict[int, _Part]:
+        ep, tp = self._layout.ep, self._layout.tp
+        if call.topk_ids is None or ep < SPARSE_DISPATCH_FROM:
+            return {shard: _Part(call, None) for shard in range(ep * tp)}
+        parts = {}
+        num_experts = self._layout.num_experts
+        for rank in range(ep):
+            first, last = num_experts * rank // ep, num_experts * (rank + 1) // ep
+            rows_T = ((call.topk_ids >= first) & (call.topk_ids < last)).any(dim=1).nonzero()[:, 0]
+            if len(rows_T) == 0:
+                continue
+            assert call.topk_weights is not None
+            mine = FFNCall(call.layer, call.x[rows_T], call.topk_ids[rows_T], call.topk_weights[rows_T])
+            for shard in range(rank * tp, (rank + 1) * tp):
+                parts[shard] = _Part(mine, rows_T)
+        return parts
+
+    def _sum(self, flight: _Flight, answers: dict[int, Answer]) -> Tensor:
+        device = flight.call.x.device
+        if len(answers) == 1 and all(part.rows_T is None for part in flight.parts.values()):
+            (answer,) = answers.values()
+            return answer.y.to(device=device, dtype=self._dtype)
+        total_TH = torch.zeros(flight.call.x.shape, dtype=torch.float32, device=device)
+        for shard, answer in answers.items():
+            partial = answer.y.to(device=device, dtype=torch.float32)
+            rows_T = flight.parts[shard].rows_T
+            if rows_T is None:
+                total_TH += partial
+            else:
+                total_TH.index_add_(0, rows_T, partial)
+        return total_TH.to(self._dtype)
+
+    def _note_times(self, answers: Iterable[Answer], round_trip_s: float, waited_s: float) -> None:
+        slowest = max(answers, key=lambda answer: answer.ffn_us + answer.queue_us)
+        ffn_s, queue_s = slowest.ffn_us * 1e-6, slowest.queue_us * 1e-6
+        self.timing.ffn_s += ffn_s
+        self.timing.ffn_rows += slowest.batch_rows
+        self.timing.num_hops += 1
+        # The round trip is the wire's only as far as this side stood waiting; else it includes other work done here.
+        self.timing.wire_s += min(waited_s, max(0.0, round_trip_s - ffn_s - queue_s))
+
+    # --- one shard, with its failures ------------------------------------------------------------------------------
+
+    def _send_part(self, flight: _Flight, shard: int, deadline: float) -> None:
+        """Sends to the first replica of the shard that can be reached, dialling all of them until the deadline."""
+        while True:
+            failure: WorkerError | None = None
+            for index in self._choices[shard]:
+                try:
+                    self._link(index, deadline).send(flight.tag, flight.parts[shard].call)
+                except (WorkerDiedError, WorkerTimeoutError) as error:
+                    self._drop(index)
+                    failure = failure or error
+                    continue
+                self._peers[index].calls.add(flight.tag)
+                return
+            assert failure is not None
+            if time.monotonic() + REDIAL_EVERY_S >= deadline:
+                raise WorkerTimeoutError(
+                    failure.worker, f"out of reach for {self._timeout_s:g} s: {failure.problem}",
+                    layer=flight.tag.layer, step=flight.tag.step,
+                )  # fmt: skip
+            time.sleep(REDIAL_EVERY_S)
+
+    def _receive_part(self, flight: _Flight, shard: int, deadline: float) -> Answer:
+        while True:
+            index = self._holder(flight, shard)
+            if index is None:  # the link it was sent over is gone, and with it the call
+                self._send_part(flight, shard, deadline)
+                continue
+            peer = self._peers[index]
+            assert peer.link is not None
+            try:
+                answer = peer.link.receive(flight.tag, max(0.0, deadline - time.monotonic()))
+            except WorkerTimeoutError:
+                self._drop(index)
+                raise
+            except WorkerDiedError:
+                self._drop(index)
+                continue
+            peer.calls.discard(flight.tag)
+            return answer
+
+    def _holder(self, flight: _Flight, shard: int) -> int | None:
+        for index in self._choices[shard]:
+            if flight.tag in self._peers[index].calls and self._peers[index].link is not None:
+                return index
+        return None
+
+    # --- links -----------------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """Opens every link, so that a wrong address or secret shows at start. Raises WorkerError."""
+        deadline = time.monotonic() + self._timeout_s
+        for index in range(len(self._peers)):
+            self._link(index, deadline)
+
+    def replace(self, index: int, connector: Connector) -> None:
+        """FFN worker `index` is reached by another way from now on: it was restarted. Callable from any thread."""
+        with self._lock:
+            self._peers[index].connector = connector
+
+    def unreachable(self) -> list[int]:
+        """Indices of the FFN workers that there is no link to."""
+        return [index for index, peer in enumerate(self._peers) if peer.link is None]
+
+    def close(self) -> None:
+        for index in range(len(self._peers)):
+            self._drop(index)
+
+    def _link(self, index: int, deadline: float) -> Link:
+        peer = self._peers[index]
+        if peer.link is None:
+            with self._lock:
+                connector = peer.connector
+            peer.link = connector(max(0.001, deadline - time.monotonic()))
+        return peer.link
+
+    def _drop(self, index: int) -> None:
+        peer = self._peers[index]
+        link, peer.link = peer.link, None
+        peer.calls.clear()
+        if link is not None:
+            link.close()

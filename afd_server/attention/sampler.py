@@ -1,0 +1,160 @@
+"""From logits to tokens: penalties, temperature, truncation, the draw, and log-probabilities.
+
+What lives here: the sampling state of each running request and the vectorised choice of the next tokens. What does
+not: when a request ends (engine/scheduler.py). Each row is computed from its own request alone, so a request's tokens
+do not depend on what else is in the batch. The order of the stages is vLLM's: bias and minimum length, penalties,
+temperature, min_p, top_k, top_p. Log-probabilities are of the model's own distribution, before all of these.
+
+Shapes: N rows (one per sampled request), V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd_server.attention.random_numbers import uniform
+from afd_server.types import SampledToken, SamplingParams, StartedRequest, TokenLogprobs
+
+GREEDY_TEMPERATURE = 1e-5  # below it the distribution is a point, and dividing by it would overflow
+
+
+@dataclass(slots=True)
+class RequestState:
+    """What must be remembered of a request between two of its tokens.
+
+    prompt_mask_V (bool) and output_counts_V are kept only when a penalty asks for them.
+    """
+
+    params: SamplingParams
+    num_outputs: int
+    prompt_mask_V: Tensor | None = None
+    output_counts_V: Tensor | None = None
+
+
+class Sampler:
+    """The sampling state of all running requests, and the choice of their next tokens."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._device = device
+        self._states: dict[str, RequestState] = {}
+
+    def start(self, request: StartedRequest) -> None:
+        """Creates the state of a request that begins, or comes back with some of its output known."""
+        state = RequestState(request.sampling, num_outputs=len(request.output_token_ids))
+        params = request.sampling
+        if (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0):
+            counts = [torch.tensor(ids, dtype=torch.int64, device=self._device).bincount(minlength=self._vocab_size)
+                      for ids in (request.prompt_token_ids, request.output_token_ids)]  # fmt: skip
+            state.prompt_mask_V, state.output_counts_V = counts[0] > 0, counts[1]
+        self._states[request.request_id] = state
+
+    def forget(self, request_id: str) -> None:
+        """Drops a request's state; harmless when there is none."""
+        self._states.pop(request_id, None)
+
+    def sample(self, request_ids: Sequence[str], logits_NV: Tensor) -> list[SampledToken]:
+        """The next token of each request, in order. logits_NV: float32, row i belongs to request_ids[i]."""
+        states = [self._states[request_id] for request_id in request_ids]
+        logprobs = _log_probabilities(states, logits_NV)
+        logits_NV = self._shape(states, logits_NV)
+        greedy_N = logits_NV.argmax(dim=-1)
+        drawn = [row for row, state in enumerate(states) if state.params.temperature >= GREEDY_TEMPERATURE]
+        if drawn:
+            greedy_N[drawn] = _draw([states[row] for row in drawn], logits_NV[drawn])
+        tokens = []
+        for row, (request_id, token_id) in enumerate(zip(request_ids, greedy_N.tolist(), strict=True)):
+            states[row].num_outputs += 1
+            counts_V = states[row].output_counts_V
+            if counts_V is not None:
+                counts_V[token_id] += 1
+            tokens.append(SampledToken(request_id, token_id, _report(states[row], logprobs.get(row), token_id)))
+        return tokens
+
+    def _shape(self, states: list[RequestState], logits_NV: Tensor) -> Tensor:
+        """Logits with bias, minimum length and penalties applied: rows that ask for none are left alone."""
+        shaped = False
+        for row, state in enumerate(states):
+            params = state.params
+            held_back = state.num_outputs < params.min_tokens
+            if not (held_back or params.logit_bias or state.output_counts_V is not None):
+                continue
+            if not shaped:  # the caller's logits stay as they are
+                logits_NV, shaped = logits_NV.clone(), True
+            if held_back:
+                logits_NV[row, [*self._eos_token_ids, *params.stop_token_ids]] = -torch.inf
+            if params.logit_bias:
+                biased = torch.tensor(list(params.logit_bias), device=logits_NV.device)
+                logits_NV[row, biased] += torch.tensor(list(params.logit_bias.values()), device=logits_NV.device)
+            if state.output_counts_V is not None:
+                logits_NV[row] = _penalised(state, logits_NV[row])
+        return logits_NV
+
+
+def _penalised(state: RequestState, logits_V: Tensor) -> Tensor:
+    """Repetition penalty (arXiv 1909.05858) over prompt and output, then OpenAI's two over the output."""
+    params, counts_V, prompt_mask_V = state.params, state.output_counts_V, state.prompt_mask_V
+    assert counts_V is not None and prompt_mask_V is not None
+    scale_V = torch.where(logits_V > 0, 1.0 / params.repetition_penalty, params.repetition_penalty)
+    logits_V = torch.where(prompt_mask_V | (counts_V > 0), logits_V * scale_V, logits_V)
+    return logits_V - params.frequency_penalty * counts_V - params.presence_penalty * (counts_V > 0)
+
+
+def _draw(states: list[RequestState], logits_NV: Tensor) -> Tensor:
+    """One token per row by inverting the cumulative distribution at the request's own random number."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=logits_NV.device, dtype=torch.float32)[:, None]
+
+    logits_NV = logits_NV / column([state.params.temperature for state in states])
+    min_p = [state.params.min_p for state in states]
+    if any(min_p):
+        # p < min_p * max(p)  <=>  logit < max(logit) + log(min_p)
+        threshold_N1 = logits_NV.amax(dim=-1, keepdim=True) + column(min_p).log()
+        logits_NV = logits_NV.masked_fill(logits_NV < threshold_N1, -torch.inf)
+    if any(state.params.top_k or state.params.top_p < 1.0 for state in states):
+        logits_NV = _truncated(states, logits_NV)
+    cumulative_NV = logits_NV.softmax(dim=-1).double().cumsum(dim=-1)
+    uniform_N1 = torch.tensor(
+        [uniform(state.params.seed, state.num_outputs) for state in states], device=logits_NV.device, dtype=torch.float64
+    )[:, None]
+    # Scaled by the row's total, so that rounding cannot push the target past the last likely token.
+    tokens_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)
+    return tokens_N1[:, 0].clamp_(max=logits_NV.shape[-1] - 1)
+
+
+def _truncated(states: list[RequestState], logits_NV: Tensor) -> Tensor:
+    """Logits with all but the top_k likeliest, then all beyond the top_p mass, at minus infinity."""
+    vocab_size = logits_NV.shape[-1]
+    sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True)
+    top_k = torch.tensor([state.params.top_k or vocab_size for state in states], device=logits_NV.device)
+    sorted_NV = sorted_NV.masked_fill(torch.arange(vocab_size, device=logits_NV.device) >= top_k[:, None], -torch.inf)
+    probabilities_NV = sorted_NV.softmax(dim=-1)
+    top_p = torch.tensor([state.params.top_p for state in states], device=logits_NV.device)[:, None]
+    # A token stays while the mass before it is below top_p; so the likeliest always stays.
+    mass_before_NV = probabilities_NV.cumsum(dim=-1) - probabilities_NV
+    beyond_NV = (mass_before_NV >= top_p) & (top_p < 1.0)
+    beyond_NV[:, 0] = False
+    sorted_NV = sorted_NV.masked_fill(beyond_NV, -torch.inf)
+    return torch.empty_like(logits_NV).scatter_(1, order_NV, sorted_NV)
+
+
+def _log_probabilities(states: list[RequestState], logits_NV: Tensor) -> dict[int, Tensor]:
+    """Row -> its log-probabilities [V], for the rows whose requests report them."""
+    rows = [row for row, state in enumerate(states) if state.params.logprobs is not None]
+    return dict(zip(rows, logits_NV[rows].log_softmax(dim=-1), strict=True)) if rows else {}
+
+
+def _report(state: RequestState, logprobs_V: Tensor | None, token_id: int) -> TokenLogprobs | None:
+    if logprobs_V is None:
+        return None
+    top: tuple[tuple[int, float], ...] = ()
+    if state.params.logprobs:
+        values, ids = logprobs_V.topk(min(state.params.logprobs, len(logprobs_V)))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(float(logprobs_V[token_id]), top)

@@ -1,0 +1,83 @@
+"""The attention worker: one step at a time, from a StepPlan to tokens.
+
+What lives here: a step's course (tensors of each micro-batch, the pipeline over them, the sampler) and the warm-up.
+What does not: which requests run and which blocks they own (engine/), the model (models/), the wire (transport/).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from afd_server.attention.ffn_group import FFNGroup
+from afd_server.attention.sampler import Sampler
+from afd_server.models.batch import AttentionBatch
+from afd_server.models.halves import AttentionHalf
+from afd_server.pipeline import run_pipeline
+from afd_server.types import ScheduledRequest, StepOutput, StepPlan, StepTiming
+
+
+class AttentionWorker:
+    """Carries out plans on the thread that calls it. `cache` holds one tensor per layer (kvcache/storage.py)."""
+
+    def __init__(
+        self, half: AttentionHalf, cache: Sequence[Tensor], ffn_group: FFNGroup, *, block_size: int, device: torch.device
+    ) -> None:
+        self._half = half
+        self._cache = cache
+        self._ffn_group = ffn_group
+        self._block_size = block_size
+        self._device = device
+        self._sampler = Sampler(half.spec.vocab_size, half.spec.eos_token_ids, device)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Runs the plan's tokens through all layers and samples. Raises WorkerError when an FFN shard stays away.
+
+        After an error the KV entries of this step's tokens are undefined; the same tokens may be planned again.
+        """
+        started_at = time.perf_counter()
+        for request_id in plan.finished:
+            self._sampler.forget(request_id)
+        for request in plan.started:
+            self._sampler.start(request)
+        self._ffn_group.begin_step(plan.step)
+        passes = [
+            self._half.forward(AttentionBatch.build(requests, self._block_size, self._device), self._cache)
+            for requests in plan.micro_batches
+        ]
+        run = run_pipeline(passes, self._ffn_group, num_hops=self._half.spec.num_layers)
+        sampled = [request.request_id for batch in plan.micro_batches for request in batch if request.samples]
+        tokens = self._sampler.sample(sampled, torch.cat(run.results)) if sampled else []
+        wire = self._ffn_group.timing
+        return StepOutput(
+            step=plan.step,
+            tokens=tuple(tokens),
+            timing=StepTiming(
+                total_s=time.perf_counter() - started_at,
+                attention_s=run.computing_s,
+                ffn_s=wire.ffn_s,
+                wire_s=wire.wire_s,
+                bubble_s=run.waiting_s,
+                num_hops=wire.num_hops,
+                num_micro_batches=len(passes),
+                num_tokens=plan.num_tokens,
+                ffn_rows=wire.ffn_rows,
+            ),
+        )
+
+    def warm_up(self, sizes: Sequence[int]) -> list[StepTiming]:
+        """Runs one decode-like step per batch size and gives its times: first-touch costs and a first measurement.
+
+        Writes into KV blocks 0 to max(sizes) - 1, so it must come before the first request.
+        """
+        timings = []
+        for size in sizes:
+            requests = tuple(
+                ScheduledRequest(f"warm-up-{row}", 0, (0,), (row,), samples=False) for row in range(size)
+            )
+            timings.append(self.execute(StepPlan(step=0, micro_batches=(requests,))).timing)
+        return timings

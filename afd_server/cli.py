@@ -1,0 +1,186 @@
+"""The command line: `afd serve`, `afd chat`, `afd convert`, `afd upcycle`.
+
+What lives here: flags, the configuration file, and the one clear line that a mistake ends in (exit code 2). What does
+not: anything that a command does. Each command imports its room only when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from afd_server import __version__
+from afd_server.config import ServeConfig, flag
+from afd_server.errors import ConfigError, ServingError, StartError
+
+# The rooms of the house in the order in which a newcomer meets them, with what their flags are about.
+ROOMS = {
+    "model": "what is served",
+    "api": "the HTTP front-end",
+    "engine": "continuous batching on each attention worker",
+    "kvcache": "the paged KV cache of each attention worker",
+    "cluster": "the workers and where they run",
+    "pipeline": "the way of the activations",
+}
+USAGE_ERROR = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one clear line for a mistake, and a near name for a mistyped flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}. See {self.prog} --help\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            mine = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], mine, n=1)
+            self.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else ""))
+        return known
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives its exit code: 0, 1 for a failure while running, 2 for a mistake of the caller."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(prog="afd", description="Large language models, every decoder layer split in two.")
+    parser.add_argument("--version", action="version", version=f"afd-server {__version__}")
+    parser.add_argument("command", choices=sorted(COMMANDS), help="; ".join(f"{k}: {v[1]}" for k, v in COMMANDS.items()))
+    chosen = parser.parse_args(arguments[:1])
+    try:
+        return COMMANDS[chosen.command][0](arguments[1:])
+    except StartError as error:
+        print(f"afd {chosen.command}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except ServingError as error:
+        print(f"afd {chosen.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+# --- serve ---------------------------------------------------------------------------------------------------------
+
+
+def serve_parser() -> Parser:
+    """The flags of `afd serve`, made from the fields of ServeConfig and grouped by room."""
+    parser = Parser(
+        prog="afd serve",
+        description="Serve MODEL to OpenAI clients, split between attention and FFN workers.\n"
+        "Flags that vLLM has too carry vLLM's names.",
+    )
+    parser.add_argument(
+        "model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",
+        help="a Hugging Face directory, or a hub name where the network allows; 'default' (SmolLM2-135M-Instruct) "
+        "and 'default-moe' (the same, upcycled to 8 experts) are made on first use. Default: default",
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys; flags given here win")
+    groups = {room: parser.add_argument_group(room, about) for room, about in ROOMS.items()}
+    for setting in fields(ServeConfig):
+        if setting.name != "model":
+            _add_flag(groups[setting.metadata["room"]], setting)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
+    help_text = setting.metadata["help"]
+    if setting.default is not None:
+        help_text += f". Default: {'on' if setting.default is True else 'off' if setting.default is False else setting.default}"
+    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%"), "dest": setting.name}
+    kind = str(setting.type).split(" ")[0]
+    if kind == "bool":
+        group.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, **common)
+        return
+    converter: Callable[[str], Any] = {"int": int, "float": float, "str": str}[kind]
+    choices = setting.metadata["choices"] or None
+    metavar = None if choices else {"int": "N", "float": "SECONDS", "str": setting.name.split("_")[-1].upper()}[kind]
+    group.add_argument(flag(setting.name), type=converter, choices=choices, metavar=metavar, **common)
+
+
+def parse_serve(argv: Sequence[str]) -> ServeConfig:
+    """Flags over the file of --config over the defaults. Raises ConfigError; exits with 2 on a mistyped flag."""
+    given = vars(serve_parser().parse_args(list(argv)))
+    path = given.pop("config", None)
+    if path is None:
+        return ServeConfig(**given)
+    return ServeConfig.from_mapping({**_read_config_file(Path(path)), **given}, source=path)
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--config", f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError("--config", f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("--config", f"{path} does not hold a mapping of keys to values")
+    return values
+
+
+def serve(argv: Sequence[str]) -> int:
+    config = parse_serve(argv)
+    from afd_server.serving import run_server
+
+    return run_server(config)
+
+
+# --- the other commands --------------------------------------------------------------------------------------------
+
+
+def chat(argv: Sequence[str]) -> int:
+    parser = Parser(prog="afd chat", description="Talk to a running server in the terminal.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server. Default: %(default)s")
+    parser.add_argument("--model", help="model name; default: the server's first")
+    parser.add_argument("--api-key", help="the key the server asks for")
+    given = parser.parse_args(list(argv))
+    from afd_server.chat import run_chat
+
+    return run_chat(given.url, given.model, given.api_key)
+
+
+def convert(argv: Sequence[str]) -> int:
+    parser = Parser(prog="afd convert", description="Turn a GGUF file into a Hugging Face directory.")
+    parser.add_argument("source", type=Path, metavar="IN", help="a .gguf file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the directory to write; must not exist")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    given = parser.parse_args(list(argv))
+    from afd_server.checkpoints.convert import convert
+
+    convert(given.source, given.out, dtype=given.dtype)
+    return 0
+
+
+def upcycle(argv: Sequence[str]) -> int:
+    parser = Parser(prog="afd upcycle", description="Turn a dense Llama directory into a Mixtral of equal experts.")
+    parser.add_argument("source", type=Path, metavar="IN", help="a Hugging Face directory of a dense Llama")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the directory to write; must not exist")
+    parser.add_argument("--experts", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token. Default: %(default)s")
+    parser.add_argument("--noise", type=float, default=0.0, metavar="STD",
+                        help="relative noise on each expert's weights; 0: the dense model's output. Default: %(default)s")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of router and noise. Default: %(default)s")
+    given = parser.parse_args(list(argv))
+    from afd_server.checkpoints.upcycle import upcycle
+
+    upcycle(given.source, given.out, experts=given.experts, top_k=given.top_k, noise=given.noise, seed=given.seed)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "serve": (serve, "start a server"),
+    "chat": (chat, "talk to a running server"),
+    "convert": (convert, "GGUF file to Hugging Face directory"),
+    "upcycle": (upcycle, "dense checkpoint to mixture of experts"),
+}

@@ -1,0 +1,128 @@
+"""What a configuration means for a model on this machine: every "auto" resolved, every worker's place in the model.
+
+Called once before workers start (`resolve`), and by each worker for its own part. Imports no ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from afd_server.attention.ffn_group import GroupLayout
+from afd_server.config import ServeConfig
+from afd_server.errors import ConfigError
+from afd_server.models.halves import FFNShard
+from afd_server.models.spec import ModelSpec, MoESpec
+from afd_server.transport.base import LinkShape
+
+# Shares of what is free that the KV caches may take where --kv-cache-memory-bytes does not say. On a CPU the weights of
+# all workers still have to fit beside them; on a GPU the weights are loaded already and the rest is activations.
+CPU_KV_CACHE_SHARE = 0.25
+CUDA_KV_CACHE_SHARE = 0.8
+
+
+def resolve(config: ServeConfig, spec: ModelSpec, directory: Path) -> ServeConfig:
+    """The configuration with nothing left open that does not depend on a worker's own node. Raises ConfigError."""
+    longest = spec.max_position_embeddings
+    max_model_len = config.max_model_len or longest
+    if max_model_len > longest:
+        raise ConfigError("--max-model-len", f"{max_model_len} is beyond the model's {longest} positions", "lower it")
+    ep, _ = config.ffn_shards
+    num_experts = _num_experts(spec)
+    if num_experts and ep > num_experts:
+        raise ConfigError("--ffn-workers", f"{ep} expert shards for {num_experts} experts", "use --ffn-parallel tp")
+    if config.device == "cuda" and config.executor == "local" and not torch.cuda.is_available():
+        raise ConfigError("--device", "there is no CUDA device here", "use --device cpu")
+    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    if dtype == "float16":
+        raise ConfigError("--dtype", "the checkpoint's float16 is not served", "use --dtype bfloat16 or float32")
+    return dataclasses.replace(
+        config,
+        model=str(directory),
+        served_model_name=config.served_model_name or config.model or "default",
+        dtype=dtype,
+        max_model_len=max_model_len,
+        wire_dtype=dtype if config.wire_dtype == "auto" else config.wire_dtype,
+        transport=("inproc" if config.transport == "auto" and config.executor == "local" else config.transport),
+    )
+
+
+def torch_dtype(config: ServeConfig) -> torch.dtype:
+    """Of weights, activations and KV cache."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+def torch_device(config: ServeConfig) -> torch.device:
+    """The worker's device; `auto` is settled here, on the worker's own node. Raises ConfigError."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError("--device", "there is no CUDA device on this worker's node", "use --device cpu")
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+def group_layout(config: ServeConfig, spec: ModelSpec) -> GroupLayout:
+    ep, tp = config.ffn_shards
+    return GroupLayout(config.ffn_replicas, ep, tp, num_experts=_num_experts(spec))
+
+
+def ffn_shard(config: ServeConfig, index: int) -> FFNShard:
+    """The part of the model that FFN worker `index` holds; see GroupLayout for the order."""
+    ep, tp = config.ffn_shards
+    shard = index % (ep * tp)
+    return FFNShard(ep_rank=shard // tp, ep_size=ep, tp_rank=shard % tp, tp_size=tp)
+
+
+def link_shape(config: ServeConfig, spec: ModelSpec) -> LinkShape:
+    """What both ends of a link agree on: the largest call and how it is encoded."""
+    top_k = max((ffn.top_k for ffn in spec.ffn if isinstance(ffn, MoESpec)), default=0)
+    routed = config.gate_on == "attention"
+    return LinkShape(
+        max_rows=max(config.max_num_batched_tokens, config.max_num_seqs),
+        hidden_size=spec.hidden_size,
+        top_k=top_k if routed else 0,
+        wire_dtype=config.wire_dtype,
+    )
+
+
+def threads_per_worker(config: ServeConfig, cores: int) -> int:
+    """CPU threads of one worker on a node with `cores`.
+
+    With one micro-batch the sides take turns, so each may use every core; with more they work at once and share.
+    """
+    if config.micro_batches in ("auto", "1") and config.attention_workers == 1:
+        return cores
+    return max(1, cores // (config.attention_workers + config.ffn_workers))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: its affinity, which a container or a batch system may have narrowed."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_kv_cache_bytes(config: ServeConfig, device: torch.device) -> int:
+    """Bytes that one attention worker may take for its KV cache where the configuration does not say."""
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        sharing = -(-config.attention_workers // max(1, torch.cuda.device_count()))
+        return int(free_bytes * CUDA_KV_CACHE_SHARE) // sharing
+    return int(_available_bytes() * CPU_KV_CACHE_SHARE) // config.attention_workers
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping: the kernel's own estimate, or the container's limit if lower."""
+    with open("/proc/meminfo") as meminfo:
+        lines = dict(line.split(":", 1) for line in meminfo)
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))
+
+
+def _num_experts(spec: ModelSpec) -> int:
+    return max((ffn.num_experts for ffn in spec.ffn if isinstance(ffn, MoESpec)), default=0)

@@ -1,0 +1,125 @@
+"""Where the workers run: starting or joining a Ray cluster, and one bundle of resources for each worker.
+
+A bundle is one CPU, a share of a GPU where there are any, and the custom resource that --attention-resource or
+--ffn-resource names. What cannot be placed within the deadline is said with what is missing; nothing hangs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from afd_server.cluster.actors import ACTOR_THREADS
+from afd_server.cluster.layout import usable_cores
+from afd_server.config import ServeConfig
+from afd_server.errors import ConfigError, StartError
+
+# A thread that waits for work must sleep: spinning on a core that the other side needs costs a hundredfold.
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """The handles, by worker index."""
+
+    ffn: list[Any]
+    attention: list[Any]
+
+
+def start_ray(config: ServeConfig) -> None:
+    """Joins the cluster at --ray-address, or starts one of this host alone. Raises StartError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers see every GPU of their node even when they ask for none, as with CUDA itself.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    workers = config.attention_workers + config.ffn_workers
+    own = {} if config.ray_address else {
+        # One CPU a worker is a matter of placement here, not of speed: more workers than cores must start too.
+        "num_cpus": max(workers, usable_cores()),
+        "include_dashboard": False,
+    }  # fmt: skip
+    try:
+        ray.init(
+            address=config.ray_address or "local",
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            **own,
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
+        where = f"--ray-address {config.ray_address}" if config.ray_address else "Ray on this host"
+        raise StartError(f"{where}: cannot start: {str(error).splitlines()[0]}") from None
+
+
+def place(config: ServeConfig, ffn: type, attention: type, secret: bytes, timeout_s: float) -> Actors:
+    """Reserves every bundle, then creates the actors in them. Raises StartError that says what is missing."""
+    gpus = _gpus_per_worker(config)
+    ffn_bundle = _bundle(gpus, config.ffn_resource)
+    attention_bundle = _bundle(gpus, config.attention_resource)
+    bundles = [ffn_bundle] * config.ffn_workers + [attention_bundle] * config.attention_workers
+    group = placement_group(bundles, strategy="PACK")
+    if not group.wait(timeout_s if config.ray_address else min(timeout_s, 30.0)):
+        raise StartError(
+            f"the workers cannot be placed: they need {_total(bundles)}, the cluster has {_cluster_resources()} "
+            "(add nodes, or lower --attention-workers or --ffn-workers)"
+        )
+    return Actors(
+        [_create(ffn, config, index, secret, group, index, ffn_bundle) for index in range(config.ffn_workers)],
+        [_create(attention, config, index, secret, group, config.ffn_workers + index, attention_bundle)
+         for index in range(config.attention_workers)],
+    )  # fmt: skip
+
+
+def stop_ray() -> None:
+    ray.shutdown()
+
+
+def _create(
+    kind: type, config: ServeConfig, index: int, secret: bytes, group: PlacementGroup, bundle: int, resources: dict[str, float]
+) -> Any:
+    custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    options: dict[str, Any] = {
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "max_concurrency": ACTOR_THREADS,
+        "num_cpus": resources["CPU"],
+        "num_gpus": resources.get("GPU", 0),
+        "resources": custom,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+    }
+    return ray.remote(**options)(kind).remote(config, index, secret)
+
+
+def _gpus_per_worker(config: ServeConfig) -> float:
+    """An equal share of the cluster's GPUs, at most one each. Raises ConfigError if they are asked for and missing."""
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if config.device == "cuda" and not gpus:
+        raise ConfigError("--device", "the Ray cluster has no GPU", "use --device cpu")
+    if config.device == "cpu" or not gpus:
+        return 0.0
+    share = gpus / (config.attention_workers + config.ffn_workers)
+    return 1.0 if share >= 1 else int(share * 1e4) / 1e4
+
+
+def _bundle(gpus: float, resource: str | None) -> dict[str, float]:
+    bundle = {"CPU": 1.0}
+    if gpus:
+        bundle["GPU"] = gpus
+    if resource:
+        bundle[resource] = 1.0
+    return bundle
+
+
+def _total(bundles: list[dict[str, float]]) -> str:
+    names = sorted({name for bundle in bundles for name in bundle})
+    return ", ".join(f"{sum(bundle.get(name, 0) for bundle in bundles):g} {name}" for name in names)
+
+
+def _cluster_resources() -> str:
+    offered = {name: amount for name, amount in ray.cluster_resources().items() if ":" not in name and "memory" not in name}
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(offered.items())) or "nothing"

@@ -1,0 +1,153 @@
+"""The two kinds of workers, whole: weights, loop and thread, without the process around them.
+
+`llm.py` runs them as threads of one process, `actors.py` as Ray actors; they are the same classes. Imports no ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from afd_server.attention.ffn_group import Connector, FFNGroup
+from afd_server.attention.worker import AttentionWorker
+from afd_server.cluster.layout import (
+    ffn_shard,
+    free_kv_cache_bytes,
+    group_layout,
+    threads_per_worker,
+    torch_device,
+    torch_dtype,
+    usable_cores,
+)
+from afd_server.config import ServeConfig
+from afd_server.engine.engine import Engine
+from afd_server.engine.loop import EngineLoop
+from afd_server.engine.micro_batches import MicroBatchChooser
+from afd_server.engine.scheduler import Scheduler
+from afd_server.ffn.worker import FFNWorker
+from afd_server.kvcache.storage import allocate_cache, num_blocks_for
+from afd_server.models.checkpoint import load_attention_half, load_ffn_half
+from afd_server.models.spec import read_model_spec
+from afd_server.transport.base import Listener
+from afd_server.types import ReplicaUpdate
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """What a started attention worker tells of itself, for the start-up lines and for /health."""
+
+    name: str
+    pid: int
+    device: str
+    kv_cache_tokens: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FFNInfo:
+    """What a started FFN worker tells of itself."""
+
+    name: str
+    pid: int
+    device: str
+    weight_bytes: int
+
+
+def attention_name(index: int) -> str:
+    return f"attention-{index}"
+
+
+def ffn_name(index: int) -> str:
+    return f"ffn-{index}"
+
+
+class FFNServer:
+    """One FFN worker: its shard's weights and the thread that serves them. `config` is a resolved one."""
+
+    def __init__(self, config: ServeConfig, index: int, listener: Listener) -> None:
+        started = time.perf_counter()
+        self.name = ffn_name(index)
+        device, dtype = torch_device(config), torch_dtype(config)
+        torch.set_num_threads(threads_per_worker(config, usable_cores()))
+        directory = Path(config.model)
+        half = load_ffn_half(
+            directory, read_model_spec(directory), ffn_shard(config, index), device=device, dtype=dtype, gate_on=config.gate_on
+        )
+        self.info = FFNInfo(self.name, os.getpid(), device.type, half.weight_bytes())
+        self._worker = FFNWorker(self.name, half, listener)
+        self._thread = threading.Thread(target=self._worker.serve, name=self.name, daemon=True)
+        self._thread.start()
+        logger.info("%s: %.1f MB of weights on %s in %.1f s", self.name, self.info.weight_bytes / 1e6, device.type,
+                    time.perf_counter() - started)  # fmt: skip
+
+    def stop(self) -> None:
+        """Ends the thread after the batch under way."""
+        self._worker.stop()
+        self._thread.join(STOP_TIMEOUT_S)
+
+
+class AttentionReplica:
+    """One attention worker: weights, KV cache, engine and the thread that runs it. `config` is a resolved one.
+
+    connectors: how to reach each FFN worker, by index. on_update is called on the engine's thread after each step.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        index: int,
+        connectors: Sequence[Connector],
+        on_update: Callable[[ReplicaUpdate], None],
+    ) -> None:
+        started = time.perf_counter()
+        self.name = attention_name(index)
+        device, dtype = torch_device(config), torch_dtype(config)
+        torch.set_num_threads(threads_per_worker(config, usable_cores()))
+        directory = Path(config.model)
+        spec = read_model_spec(directory)
+        half = load_attention_half(directory, spec, device=device, dtype=dtype, gate_on=config.gate_on)
+        num_blocks = num_blocks_for(spec, config, free_kv_cache_bytes(config, device))
+        cache = allocate_cache(spec, num_blocks, config.block_size, device, dtype)
+        self._ffn_group = FFNGroup(
+            connectors, group_layout(config, spec), replica=index, dtype=dtype, timeout_s=config.ffn_timeout
+        )
+        self._ffn_group.connect()
+        worker = AttentionWorker(half, cache, self._ffn_group, block_size=config.block_size, device=device)
+        chooser = MicroBatchChooser(config.micro_batches)
+        for timing in worker.warm_up(_warm_up_sizes(config, num_blocks)):
+            chooser.observe(timing)
+        scheduler = Scheduler(config, num_blocks=num_blocks, eos_token_ids=spec.eos_token_ids)
+        self.loop = EngineLoop(Engine(worker, scheduler, chooser), on_update)
+        self.info = ReplicaInfo(
+            self.name, os.getpid(), device.type, num_blocks * config.block_size, half.weight_bytes()
+        )
+        logger.info("%s: %.1f MB of weights and %d KV tokens on %s in %.1f s", self.name, self.info.weight_bytes / 1e6,
+                    self.info.kv_cache_tokens, device.type, time.perf_counter() - started)  # fmt: skip
+
+    def replace_ffn(self, index: int, connector: Connector) -> None:
+        """FFN worker `index` was restarted and is reached this way now. Callable from any thread."""
+        self._ffn_group.replace(index, connector)
+
+    def stop(self) -> None:
+        """Ends the engine's thread after the step under way, then the links."""
+        self.loop.stop()
+        self._ffn_group.close()
+
+
+def _warm_up_sizes(config: ServeConfig, num_blocks: int) -> list[int]:
+    """Batch sizes to measure at start: powers of two up to a full step, when the choice depends on them."""
+    largest = min(config.max_num_seqs, config.max_num_batched_tokens, num_blocks)
+    if config.micro_batches != "auto":
+        return [largest]
+    return [2**power for power in range(largest.bit_length())]

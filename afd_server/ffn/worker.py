@@ -1,0 +1,106 @@
+"""The loop of an FFN worker: take the calls that wait, merge those of one layer, compute this shard's part, answer.
+
+What lives here: the merging and the loop. What does not: the arithmetic (models/halves.py), the bytes (transport/),
+the process around it (cluster/). It never waits for a peer that is absent: what is there is served, oldest first.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from afd_server.errors import ServingError
+from afd_server.models.ffn_call import FFNCall
+from afd_server.models.halves import FFNHalf
+from afd_server.transport.base import IncomingCall, Listener
+
+logger = logging.getLogger(__name__)
+
+# How long the loop sleeps at most before it looks whether it should stop.
+IDLE_WAIT_S = 0.2
+
+
+class FFNWorker:
+    """Serves one shard's weights to whoever calls. `serve` runs on one thread; `stop` may come from any."""
+
+    def __init__(self, name: str, half: FFNHalf, listener: Listener) -> None:
+        self.name = name
+        self._half = half
+        self._listener = listener
+        self._stopping = threading.Event()
+
+    @torch.inference_mode()
+    def serve(self) -> None:
+        """Answers calls until `stop`. A call that cannot be computed is answered with the reason; the loop goes on."""
+        waiting: list[IncomingCall] = []
+        try:
+            while not self._stopping.is_set():
+                # With calls in hand, only look at what came meanwhile; without, sleep until something comes.
+                waiting += self._listener.wait(0.0 if waiting else IDLE_WAIT_S)
+                if waiting:
+                    batch, waiting = next_batch(waiting)
+                    self._answer(batch)
+        finally:
+            self._listener.close()
+
+    def stop(self) -> None:
+        """Ends `serve` after the batch under way."""
+        self._stopping.set()
+
+    def _answer(self, batch: Sequence[IncomingCall]) -> None:
+        started = time.perf_counter()
+        try:
+            self._compute(batch)
+        except Exception as error:  # the worker must outlive any call: the callers are told, and the log has the rest
+            logger.exception("%s: layer %d failed", self.name, batch[0].call.layer)
+            for incoming in batch:
+                self._reply(incoming.fail, f"{type(error).__name__}: {error}")
+            return
+        ffn_us = round((time.perf_counter() - started) * 1e6)
+        batch_rows = sum(incoming.call.x.shape[0] for incoming in batch)
+        for incoming in batch:
+            self._reply(incoming.answer, ffn_us, batch_rows)
+
+    def _reply(self, verb: object, *values: object) -> None:
+        try:
+            verb(*values)  # type: ignore[operator]
+        except ServingError as error:  # the caller is gone; whoever takes over its requests will call again
+            logger.info("%s: an answer could not be delivered: %s", self.name, error)
+
+    def _compute(self, batch: Sequence[IncomingCall]) -> None:
+        if len(batch) == 1:
+            self._half.forward(batch[0].call, out=batch[0].answer_buffer())
+            return
+        y_TH = self._half.forward(merge([incoming.call for incoming in batch]))
+        start = 0
+        for incoming in batch:
+            rows = incoming.call.x.shape[0]
+            incoming.answer_buffer().copy_(y_TH[start : start + rows])
+            start += rows
+
+
+def next_batch(waiting: Sequence[IncomingCall]) -> tuple[list[IncomingCall], list[IncomingCall]]:
+    """(the oldest call with all others of its layer, the rest): weights are read once for the whole batch."""
+    layer = waiting[0].call.layer
+    batch = [incoming for incoming in waiting if incoming.call.layer == layer]
+    return batch, [incoming for incoming in waiting if incoming.call.layer != layer]
+
+
+def merge(calls: Sequence[FFNCall]) -> FFNCall:
+    """One call with the rows of all, in order. They are of one layer and one model, so all are routed or none is."""
+
+    def rows_of(parts: list[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if present else None
+
+    return FFNCall(
+        layer=calls[0].layer,
+        x=torch.cat([call.x for call in calls]),
+        topk_ids=rows_of([call.topk_ids for call in calls]),
+        topk_weights=rows_of([call.topk_weights for call in calls]),
+    )

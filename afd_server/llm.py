@@ -1,0 +1,123 @@
+"""The whole machine wired by hand in one process: READ FIRST.
+
+    prompt -> Tokenizer -> Router -> AttentionReplica <== activations, twice per layer ==> FFNServer
+                 text <- Tokenizer <- Router <-'
+
+Every worker is a thread here; `--executor ray` runs the same classes as actors (cluster/ray_cluster.py). Use it to
+learn how the parts fit, to try a model without a server, and in tests:
+
+    with LLM(ServeConfig(model="path/to/checkpoint", executor="local")) as llm:
+        print(llm.generate("The capital of France is", max_tokens=8))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from functools import partial
+from typing import Self
+
+from afd_server.attention.ffn_group import Connector
+from afd_server.checkpoints.locate import locate_model
+from afd_server.cluster.layout import link_shape, resolve
+from afd_server.cluster.workers import AttentionReplica, FFNServer, ffn_name
+from afd_server.config import ServeConfig
+from afd_server.models.spec import read_model_spec
+from afd_server.router.replica_client import LocalReplicaClient
+from afd_server.router.router import Router
+from afd_server.text.tokenizer import Tokenizer
+from afd_server.transport.base import Listener
+from afd_server.transport.connect import connect
+from afd_server.transport.inproc import InprocListener
+from afd_server.transport.listener import SocketListener
+from afd_server.types import GenerationRequest, SamplingParams
+
+
+class LocalWorkers:
+    """All workers of one server as threads of this process. `config` is a resolved one."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        # 1. FFN workers first: each loads its shard of the MLP and expert weights and listens for calls.
+        secret = secrets.token_bytes(32)
+        listeners = [self._listen(config, index, secret) for index in range(config.ffn_workers)]
+        self.ffn = [FFNServer(config, index, listener) for index, listener in enumerate(listeners)]
+
+        # 2. Attention replicas: each loads the attention weights, allocates its KV cache, and connects to all of them.
+        self.transports = {config.transport}
+        self.clients: list[LocalReplicaClient] = []
+        self.attention: list[AttentionReplica] = []
+        for index in range(config.attention_workers):
+            connectors = [self._connector(config, listener, index, secret) for listener in listeners]
+            client = LocalReplicaClient(f"attention-{index}")
+            replica = AttentionReplica(config, index, connectors, client.deliver)
+            client.attach(replica.loop)
+            self.clients.append(client)
+            self.attention.append(replica)
+
+    def _listen(self, config: ServeConfig, index: int, secret: bytes) -> Listener:
+        if config.transport == "inproc":
+            return InprocListener(ffn_name(index))
+        return SocketListener(ffn_name(index), "local", secret, host="127.0.0.1")
+
+    def _connector(self, config: ServeConfig, listener: Listener, replica: int, secret: bytes) -> Connector:
+        shape = link_shape(config, read_model_spec(config.model))
+        if isinstance(listener, InprocListener):
+            return lambda timeout_s: listener.connect(shape, replica)
+        assert isinstance(listener, SocketListener)
+        return partial(connect, listener.endpoint, shape, replica, secret, config.transport)
+
+    def stop(self) -> None:
+        """Ends every thread: attention first, so that no call is left without an answer."""
+        for worker in (*self.attention, *self.ffn):
+            worker.stop()
+
+
+class LLM:
+    """A model in this process, split as the configuration says. Not for serving: one caller at a time."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        directory = locate_model(config.model)
+        self.spec = read_model_spec(directory)
+        self.config = resolve(config, self.spec, directory)
+        self.tokenizer = Tokenizer.load(directory)
+        self.workers = LocalWorkers(self.config)
+
+    def generate(self, prompts: str | Sequence[str], **sampling: object) -> list[str]:
+        """The continuation of each prompt, all run as one batch. Keywords: fields of SamplingParams."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        token_ids = [self.tokenizer.encode(text) for text in texts]
+        outputs = self.generate_token_ids(token_ids, SamplingParams(**{"max_tokens": 16, **sampling}))  # type: ignore[arg-type]
+        return [self.tokenizer.decode(ids) for ids in outputs]
+
+    def generate_token_ids(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    ) -> list[list[int]]:
+        """The output token ids of each prompt of token ids. Raises RuntimeError if a request ends in an error."""
+        params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        requests = [
+            GenerationRequest(secrets.token_hex(8), tuple(prompt), each) for prompt, each in zip(prompts, params, strict=True)
+        ]
+        return asyncio.run(self._run(requests))
+
+    async def _run(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+        router = Router(self.workers.clients)
+
+        async def collect(request: GenerationRequest) -> list[int]:
+            token_ids: list[int] = []
+            async for output in router.generate(request):
+                token_ids += output.token_ids
+                if output.error:
+                    raise RuntimeError(output.error)
+            return token_ids
+
+        async with router:
+            return list(await asyncio.gather(*map(collect, requests)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.workers.stop()
+
+
