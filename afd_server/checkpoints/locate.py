@@ -23,7 +23,7 @@ def locate_model(name: str) -> Path:
     Only configuration, tokenizer and safetensors files are fetched. Raises ModelError with the remedy.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.is_file():
         if path.suffix == ".gguf":
@@ -32,7 +32,7 @@ def locate_model(name: str) -> Path:
             )
         raise ModelError(f"{name}: is a file; MODEL is the directory with config.json")
     if not _HUB_NAME.fullmatch(name):
-        raise ModelError(f"{name}: no such directory")
+        raise ModelError(f"{name or repr(name)}: no such directory")
     return _download(name)
 
 
