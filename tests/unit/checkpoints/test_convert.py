@@ -90,7 +90,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_several_files_in_a_directory_are_not_guessed_between(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="2 .gguf files"):
+    with pytest.raises(ModelError, match=r"2 \.gguf files"):
         convert(tmp_path, tmp_path / "out")
 
 
@@ -113,7 +113,7 @@ def test_what_is_in_out_is_not_touched(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     write_gguf(tmp_path / "tiny.gguf")
-    with pytest.raises(ConfigError, match="OUT.*not empty"):
+    with pytest.raises(ConfigError, match=r"OUT.*not empty"):
         convert(tmp_path / "tiny.gguf", tmp_path / "out")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 

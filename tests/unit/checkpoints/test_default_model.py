@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from importlib.metadata import files
+from itertools import pairwise
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def _encode(text, id_of, rank_of):
     for word in (word for piece in pieces for word in regex.findall(words, piece)):
         symbols = [stand_in[byte] for byte in word.encode()]
         while len(symbols) > 1:
-            ranks = [rank_of.get(pair, len(rank_of)) for pair in zip(symbols, symbols[1:], strict=False)]
+            ranks = [rank_of.get(pair, len(rank_of)) for pair in pairwise(symbols)]
             best = min(ranks)
             if best == len(rank_of):
                 break
