@@ -22,7 +22,7 @@ MAX_MESSAGE_BYTES = 4096
 
 # magic, version, kind, micro-batch, routed, wire dtype | replica, layer, step, sequence, rows | payload bytes |
 # ffn_us, queue_us, batch_rows. Little-endian; the three pad bytes are zero.
-_LAYOUT = struct.Struct("<4sBBBBB3xIIQIIQIII")
+_LAYOUT = struct.Struct("<4sBBBBB3xIIQQIQIII")
 HEADER_BYTES = _LAYOUT.size
 _UINT32_MAX = (1 << 32) - 1
 
@@ -154,7 +154,9 @@ class Outbox:
         """Writes what the peer takes now; whether nothing is left. Raises OSError when the connection is gone."""
         while self._pieces:
             try:
-                pieces = [self._pieces[index] for index in range(min(len(self._pieces), self._PIECES_PER_WRITE))]
+                pieces = [
+                    self._pieces[index] for index in range(min(len(self._pieces), self._PIECES_PER_WRITE))
+                ]
                 written = self._socket.sendmsg(pieces)
             except (BlockingIOError, InterruptedError):
                 return False

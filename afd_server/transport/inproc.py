@@ -170,7 +170,9 @@ class _InprocCall(IncomingCall):
         assert not self._answered, "a call is answered once"
         self._answered = True
         if self._connection.closed.is_set():
-            raise WorkerDiedError(f"attention-{self.tag.replica}", _CLOSED, layer=self.tag.layer, step=self.tag.step)
+            raise WorkerDiedError(
+                f"attention-{self.tag.replica}", _CLOSED, layer=self.tag.layer, step=self.tag.step
+            )
         queue_us = max(0, round((time.monotonic() - self._arrived_at) * 1e6) - ffn_us)
         self._connection.replies.put(
             _Reply(self._sequence, self.tag.micro_batch, ffn_us, queue_us, batch_rows, problem)

@@ -86,7 +86,9 @@ class Slots:
     call of that size comes.
     """
 
-    def __init__(self, shape: LinkShape, memory: Tensor | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, shape: LinkShape, memory: Tensor | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         self.shape = shape
         self.layout = SlotLayout(shape)
         # A link may be opened in the middle of a step, which runs in inference mode; its memory outlives the step.
@@ -95,7 +97,7 @@ class Slots:
                 memory = torch.empty(self.layout.total_bytes, dtype=torch.uint8, device=device)
             assert len(memory) == self.layout.total_bytes
             self._memory = memory
-        self._bytes: memoryview | None = memoryview(memory.numpy()) if memory.device.type == "cpu" else None
+        self._bytes: memoryview | None = memory.numpy().data if memory.device.type == "cpu" else None
 
     def write_call(self, micro_batch: int, call: FFNCall) -> None:
         """Encodes the call into its slot. The call must fit the link's shape; from a GPU this waits for the copy."""
@@ -161,7 +163,9 @@ def quantize_rows(x_TH: Tensor) -> tuple[Tensor, Tensor]:
     Each row is scaled so that its largest magnitude becomes the largest fp8 number: about 2 decimal digits survive.
     """
     wide_TH = x_TH.to(torch.float32)
-    scales_T1 = wide_TH.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * FP8_MAX) / FP8_MAX
+    scales_T1 = (
+        wide_TH.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * FP8_MAX) / FP8_MAX
+    )
     return (wide_TH / scales_T1).to(torch.float8_e4m3fn), scales_T1
 
 

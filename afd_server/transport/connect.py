@@ -1,0 +1,106 @@
+"""Opening a link: which way the activations go, and the client's side of connecting.
+
+Called by attention workers. What does not live here: the local executor's path (inproc.py), which needs no address.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from typing import Literal
+
+import torch
+
+from afd_server.errors import ConfigError, WorkerDiedError, WorkerTimeoutError
+from afd_server.transport.base import Endpoint, Link, LinkShape
+from afd_server.transport.handshake import new_hello, shake_hands
+from afd_server.transport.link import SocketLink
+from afd_server.transport.wire import SlotLayout, Slots
+
+SocketTransport = Literal["shm", "tcp"]
+
+
+def choose_transport(setting: str, own_node: str, endpoint: Endpoint) -> SocketTransport:
+    """The path to a worker of another process. `setting` is --transport; own_node this process's node id.
+
+    auto takes shared memory where both are on one Linux node, else TCP. Raises ConfigError when the setting cannot be.
+    """
+    memory_shared = sys.platform == "linux" and endpoint.unix_name is not None and endpoint.node == own_node
+    if setting == "tcp" or (setting == "auto" and not memory_shared):
+        return "tcp"
+    if setting not in ("auto", "shm"):
+        raise ConfigError("--transport", f"{setting} does not reach {endpoint.worker} in another process",
+                          "use auto, shm or tcp")  # fmt: skip
+    if not memory_shared:
+        raise ConfigError("--transport", f"shm: {endpoint.worker} is not on this Linux node", "use auto or tcp")
+    return "shm"
+
+
+def connect(
+    endpoint: Endpoint,
+    shape: LinkShape,
+    replica: int,
+    secret: bytes,
+    transport: SocketTransport,
+    timeout_s: float,
+) -> Link:
+    """A link of attention replica `replica` to the FFN worker at `endpoint`.
+
+    Raises WorkerDiedError when nobody listens there, WorkerTimeoutError when the link does not stand in time, and
+    ProtocolError when the other end has another secret or speaks another protocol.
+    """
+    deadline = time.monotonic() + timeout_s
+    sock = dial(endpoint, timeout_s, unix=transport == "shm")
+    try:
+        hello = new_hello(transport, replica, shape)
+        if transport == "tcp":
+            shake_hands(sock, endpoint.worker, secret, hello, [], deadline)
+            return SocketLink(endpoint.worker, sock, Slots(shape), replica, payload_on_socket=True)
+        slots, descriptor = _shared_slots(shape)
+        try:
+            shake_hands(sock, endpoint.worker, secret, hello, [descriptor], deadline)
+        finally:
+            os.close(descriptor)
+        return SocketLink(endpoint.worker, sock, slots, replica, payload_on_socket=False)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def dial(endpoint: Endpoint, timeout_s: float, *, unix: bool) -> socket.socket:
+    """A connected socket. Raises WorkerDiedError or WorkerTimeoutError."""
+    try:
+        if unix:
+            assert endpoint.unix_name is not None, "the endpoint has no unix socket"
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(timeout_s)
+                sock.connect("\0" + endpoint.unix_name)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+        assert endpoint.port is not None, "the endpoint has no TCP port"
+        sock = socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    except TimeoutError:
+        raise WorkerTimeoutError(endpoint.worker, f"no connection within {timeout_s:g} s") from None
+    except OSError as error:
+        raise WorkerDiedError(endpoint.worker, f"cannot be reached: {error}") from None
+
+
+def _shared_slots(shape: LinkShape) -> tuple[Slots, int]:
+    """Slots in new shared memory, and the memory's descriptor to pass on."""
+    from afd_server.transport.shared_memory import create_shared_memory, map_shared_memory
+
+    size_bytes = SlotLayout(shape).total_bytes
+    descriptor = create_shared_memory(size_bytes)
+    try:
+        with torch.inference_mode(False):  # see Slots
+            return Slots(shape, map_shared_memory(descriptor, size_bytes)), descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise

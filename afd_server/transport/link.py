@@ -1,0 +1,146 @@
+"""The attention side of a link over a socket, shm or tcp: one class, since they differ only in where payloads lie.
+
+Used by one thread, the engine's. What does not live here: opening it (connect.py), encoding (wire.py).
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+
+from afd_server.errors import ProtocolError, WorkerDiedError, WorkerError, WorkerTimeoutError
+from afd_server.models.ffn_call import FFNCall
+from afd_server.transport.base import NUM_SLOTS, Answer, CallTag, Link
+from afd_server.transport.frames import MAX_MESSAGE_BYTES, FrameError, FrameReader, Header, Kind, Outbox
+from afd_server.transport.wire import Slots
+
+# How long `send` goes on offering bytes to a peer that takes none. The rest is sent by the next send or receive.
+_SEND_PATIENCE_S = 0.05
+
+
+class SocketLink(Link):
+    """A connected link after its handshake.
+
+    payload_on_socket: whether activations follow their header (tcp); else both ends see the same slots (shm).
+    """
+
+    def __init__(
+        self, worker: str, sock: socket.socket, slots: Slots, replica: int, payload_on_socket: bool
+    ) -> None:
+        self.worker = worker
+        self._socket: socket.socket | None = sock
+        self._slots = slots
+        self._replica = replica
+        self._payload_on_socket = payload_on_socket
+        sock.setblocking(False)
+        self._reader = FrameReader(sock, self._payload_of)
+        self._outbox = Outbox(sock)
+        self._poll = select.poll()
+        self._sequence = 0
+        self._sent: list[Header | None] = [None] * NUM_SLOTS
+        self._arrived: list[Header | None] = [None] * NUM_SLOTS
+        self._messages: dict[int, bytearray] = {}  # reasons of failures, by micro-batch
+
+    def send(self, tag: CallTag, call: FFNCall) -> None:
+        sock = self._open_socket(tag)
+        assert tag.replica == self._replica
+        micro_batch, rows, routed = tag.micro_batch, call.x.shape[0], call.topk_ids is not None
+        self._sequence += 1
+        slots = self._slots
+        slots.write_call(micro_batch, call)
+        header = Header(
+            Kind.CALL, tag, self._sequence, rows, routed, slots.shape.wire_dtype,
+            slots.layout.call_bytes(rows, routed),
+        )  # fmt: skip
+        self._sent[micro_batch], self._arrived[micro_batch] = header, None
+        self._outbox.put([header.pack()])
+        if self._payload_on_socket:
+            self._outbox.put(slots.call_buffers(micro_batch, rows, routed))
+        try:
+            while not self._outbox.flush():
+                if not self._wait(sock, select.POLLOUT, _SEND_PATIENCE_S):
+                    return
+        except OSError as error:
+            raise self._died(tag, error) from None
+
+    def receive(self, tag: CallTag, timeout_s: float) -> Answer:
+        micro_batch = tag.micro_batch
+        sent = self._sent[micro_batch]
+        assert sent is not None, "a call must be sent before its answer is received"
+        assert sent.tag == tag, f"{tag} is not the call under way, {sent.tag} is"
+        if self._arrived[micro_batch] is None:
+            self._read_until(tag, micro_batch, timeout_s)
+        header = self._arrived[micro_batch]
+        assert header is not None
+        if header.kind is Kind.FAILURE:
+            reason = self._messages.pop(micro_batch).decode("utf-8", "replace")
+            raise WorkerError(self.worker, reason, layer=tag.layer, step=tag.step)
+        y_TH = self._slots.answer(micro_batch, sent.rows)
+        return Answer(y_TH, header.ffn_us, header.queue_us, header.batch_rows)
+
+    def close(self) -> None:
+        sock, self._socket = self._socket, None
+        if sock is not None:
+            sock.close()
+
+    def _read_until(self, tag: CallTag, micro_batch: int, timeout_s: float) -> None:
+        """Takes in answers, and writes on what is left of calls, until the micro-batch's own answer is there."""
+        sock = self._open_socket(tag)
+        deadline = time.monotonic() + timeout_s
+        try:
+            while self._arrived[micro_batch] is None:
+                events = select.POLLIN | (select.POLLOUT if len(self._outbox) else 0)
+                if not self._wait(sock, events, deadline - time.monotonic()):
+                    problem = f"no answer within {timeout_s:g} s"
+                    raise WorkerTimeoutError(self.worker, problem, layer=tag.layer, step=tag.step)
+                if len(self._outbox):
+                    self._outbox.flush()
+                self._take_frames()
+        except FrameError as error:
+            self.close()
+            raise ProtocolError(self.worker, f"{error}", layer=tag.layer, step=tag.step) from None
+        except (EOFError, OSError) as error:
+            raise self._died(tag, error) from None
+
+    def _take_frames(self) -> None:
+        while (header := self._reader.next_frame()) is not None:
+            sent = self._sent[header.tag.micro_batch]
+            if sent is not None and header.sequence == sent.sequence:
+                self._arrived[header.tag.micro_batch] = header
+            # else: the answer to a call that was sent again, or given up, meanwhile
+
+    def _payload_of(self, header: Header) -> list[memoryview]:
+        micro_batch = header.tag.micro_batch
+        sent = self._sent[micro_batch]
+        if header.kind is Kind.CALL or sent is None or header.sequence > sent.sequence:
+            raise FrameError(f"answer {header.sequence} to a call that was not sent")
+        if header.wire_dtype != self._slots.shape.wire_dtype or header.rows > self._slots.shape.max_rows:
+            raise FrameError(f"{header.rows} rows of {header.wire_dtype} do not fit the link")
+        if header.sequence == sent.sequence and (header.tag != sent.tag or header.rows != sent.rows):
+            raise FrameError(
+                f"answer to {header.tag} with {header.rows} rows, asked was {sent.tag} with {sent.rows}"
+            )
+        if header.kind is Kind.FAILURE:
+            if header.payload_bytes > MAX_MESSAGE_BYTES:
+                raise FrameError(f"a reason of {header.payload_bytes} bytes")
+            self._messages[micro_batch] = bytearray(header.payload_bytes)
+            return [memoryview(self._messages[micro_batch])]
+        if header.payload_bytes != self._slots.layout.answer_bytes(header.rows):
+            raise FrameError(f"{header.payload_bytes} bytes for {header.rows} rows")
+        return self._slots.answer_buffers(micro_batch, header.rows) if self._payload_on_socket else []
+
+    def _wait(self, sock: socket.socket, events: int, timeout_s: float) -> bool:
+        """Whether the socket became ready (or broke, which the next read or write tells) within the time."""
+        self._poll.register(sock, events)
+        return bool(self._poll.poll(max(0.0, timeout_s) * 1000))
+
+    def _open_socket(self, tag: CallTag) -> socket.socket:
+        if self._socket is None:
+            raise WorkerDiedError(self.worker, "the link is closed", layer=tag.layer, step=tag.step)
+        return self._socket
+
+    def _died(self, tag: CallTag, error: Exception) -> WorkerDiedError:
+        self.close()
+        what = "the connection ended" + (f" ({error})" if str(error) else "")
+        return WorkerDiedError(self.worker, what, layer=tag.layer, step=tag.step)

@@ -1,0 +1,201 @@
+"""The FFN side of all links over sockets, shm and tcp, in one selector loop on the FFN worker's own thread.
+
+Nothing here blocks but the one wait for events: bytes are read and written as far as they come, so a slow, frozen or
+hostile peer costs the others nothing. What goes wrong on a connection ends that connection and is logged, no more.
+What does not live here: serving calls (ffn/), encoding (wire.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import selectors
+import socket
+import sys
+import time
+
+from afd_server.transport.base import Endpoint, IncomingCall, Listener
+from afd_server.transport.frames import FrameError
+from afd_server.transport.handshake import HANDSHAKE_TIMEOUT_S, HandshakeError, Hello
+from afd_server.transport.server_side import Candidate, ServedCall, ServedLink
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 128
+# Connections that have not introduced themselves yet; one more ends the oldest of them.
+_MAX_CANDIDATES = 64
+
+
+class SocketListener(Listener):
+    """Listens on a unix socket (Linux only: its links share memory) and on TCP; `endpoint` says where.
+
+    worker, node: who listens, on which machine, as `endpoint` passes them on. host: address to bind TCP to.
+    """
+
+    def __init__(
+        self,
+        worker: str,
+        node: str,
+        secret: bytes,
+        *,
+        host: str = "127.0.0.1",
+        unix: bool = True,
+        tcp: bool = True,
+    ) -> None:
+        self._secret = secret
+        self._selector = selectors.DefaultSelector()
+        self._doors: list[socket.socket] = []
+        self._candidates: dict[socket.socket, Candidate] = {}  # in order of arrival
+        self._links: dict[socket.socket, ServedLink] = {}
+        self._closed = False
+        unix_name = port = None
+        if unix and sys.platform == "linux":
+            unix_name = f"afd-{secrets.token_hex(16)}"
+            self._open_door(socket.AF_UNIX, "\0" + unix_name)
+        if tcp:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            port = self._open_door(family, (host, 0)).getsockname()[1]
+        self.endpoint = Endpoint(worker, node, unix_name, host, port)
+
+    def wait(self, timeout_s: float) -> list[IncomingCall]:
+        deadline = time.monotonic() + timeout_s
+        calls: list[ServedCall] = []
+        while True:
+            left_s = 0.0 if calls else max(0.0, deadline - time.monotonic())
+            if self._candidates:
+                left_s = min(left_s, HANDSHAKE_TIMEOUT_S / 10)
+            for key, events in self._selector.select(left_s):
+                self._serve(key.data, events, calls)
+            self._drop_silent_candidates()
+            if calls or time.monotonic() >= deadline:
+                # A call read first may have been sent again by what was read after it.
+                return [call for call in calls if call.wanted]
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for sock, link in self._links.items():
+            link.close()
+            sock.close()
+        for sock, candidate in self._candidates.items():
+            candidate.close()
+            sock.close()
+        for sock in self._doors:
+            sock.close()
+        self._links.clear()
+        self._candidates.clear()
+        self._selector.close()
+
+    # --- events ----------------------------------------------------------------------------------------------------
+
+    def _serve(self, sock: socket.socket, events: int, calls: list[ServedCall]) -> None:
+        if sock in self._doors:
+            self._accept(sock)
+        elif sock in self._candidates:
+            self._introduce(sock)
+        elif sock in self._links:
+            self._exchange(sock, events, calls)
+        # else: ended while the events of this round were served
+
+    def _exchange(self, sock: socket.socket, events: int, calls: list[ServedCall]) -> None:
+        link = self._links[sock]
+        try:
+            if events & selectors.EVENT_WRITE:
+                link.flush()
+            if events & selectors.EVENT_READ:
+                calls.extend(link.read_calls())
+            self._watch_writes(sock, link)
+        except FrameError as error:
+            self._drop(sock, logging.WARNING, f"it does not follow the protocol: {error}")
+        except (EOFError, OSError) as error:
+            self._drop(sock, logging.INFO, f"the connection ended{f' ({error})' if str(error) else ''}")
+
+    def _watch_writes(self, sock: socket.socket, link: ServedLink) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.has_output else 0)
+        if self._selector.get_key(sock).events != events:
+            self._selector.modify(sock, events, sock)
+
+    def output_pending(self, sock: socket.socket) -> None:
+        """A link's answer did not leave at once: `wait` sends the rest when the peer takes it."""
+        if sock in self._links:
+            self._watch_writes(sock, self._links[sock])
+
+    def _accept(self, door: socket.socket) -> None:
+        try:
+            sock, _ = door.accept()
+        except OSError as error:  # gone again already, or no descriptors left: the next event tries again
+            if not isinstance(error, BlockingIOError):
+                logger.warning("%s: a connection could not be accepted: %s", self.endpoint.worker, error)
+            return
+        if len(self._candidates) >= _MAX_CANDIDATES:
+            self._reject(next(iter(self._candidates)), "too many connections that do not introduce themselves")
+        try:
+            sock.setblocking(False)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._candidates[sock] = Candidate(sock, self._secret)
+            self._selector.register(sock, selectors.EVENT_READ, sock)
+        except OSError as error:
+            self._candidates.pop(sock, None)
+            sock.close()
+            logger.info("%s: a connection ended at once: %s", self.endpoint.worker, error)
+
+    def _introduce(self, sock: socket.socket) -> None:
+        candidate = self._candidates[sock]
+        try:
+            hello = candidate.read()
+            if hello is None:
+                return
+            link = self._welcome(candidate, hello)
+        except HandshakeError as error:
+            self._reject(sock, str(error))
+        except (EOFError, OSError) as error:
+            self._reject(sock, f"the connection ended {error}")
+        else:
+            del self._candidates[sock]
+            self._links[sock] = link
+
+    def _welcome(self, candidate: Candidate, hello: Hello) -> ServedLink:
+        slots = candidate.open_slots(hello)
+        candidate.accept(hello)
+        on_socket = hello.purpose == "tcp"
+        return ServedLink(candidate.socket, slots, hello.replica, on_socket, self.output_pending)
+
+    def _drop_silent_candidates(self) -> None:
+        now = time.monotonic()
+        for sock, candidate in list(self._candidates.items()):
+            if now < candidate.connected_at + HANDSHAKE_TIMEOUT_S:
+                return  # the rest came later
+            self._reject(sock, f"it did not introduce itself within {HANDSHAKE_TIMEOUT_S:g} s")
+
+    def _reject(self, sock: socket.socket, reason: str) -> None:
+        self._candidates.pop(sock).close()
+        self._end(sock)
+        logger.warning("%s: a connection was dropped: %s", self.endpoint.worker, reason)
+
+    def _drop(self, sock: socket.socket, level: int, reason: str) -> None:
+        link = self._links.pop(sock)
+        link.close()
+        self._end(sock)
+        logger.log(level, "%s: link of attention-%d dropped: %s", self.endpoint.worker, link.replica, reason)
+
+    def _end(self, sock: socket.socket) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(sock)
+        sock.close()
+
+    def _open_door(self, family: int, address: str | tuple[str, int]) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.bind(address)
+            sock.listen(_BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        sock.setblocking(False)
+        self._doors.append(sock)
+        self._selector.register(sock, selectors.EVENT_READ, sock)
+        return sock
