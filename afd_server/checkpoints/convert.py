@@ -6,8 +6,8 @@ needs the `convert` extra: transformers, gguf, accelerate. Called by cli and by 
 Weights are written in float32 unless asked otherwise, and a server's `--dtype auto` follows the file. GGUF weights are
 quantised: scale x integer + offset, which float32 holds exactly and bfloat16 rounds once more. Float32 is also what every
 CPU computes well, and what makes the upcycled mixture of experts repeat the dense model token for token. A CPU with
-bfloat16 instructions (`avx512_bf16` or `amx_bf16` in /proc/cpuinfo) multiplies bfloat16 two to three times as fast and
-reads half the bytes: serve with `--dtype bfloat16` there. The file itself can stay in float32.
+bfloat16 instructions (`avx512_bf16` or `amx_bf16` in /proc/cpuinfo) is about twice as fast in bfloat16, and reads half the
+bytes: serve with `--dtype bfloat16` there. The file itself can stay in float32.
 """
 
 from __future__ import annotations
