@@ -96,15 +96,16 @@ class SocketLink(Link):
                     raise WorkerTimeoutError(self.worker, problem, layer=tag.layer, step=tag.step)
                 if len(self._outbox):
                     self._outbox.flush()
-                self._take_frames()
+                self._take_frames(micro_batch)
         except FrameError as error:
             self.close()
             raise ProtocolError(self.worker, f"{error}", layer=tag.layer, step=tag.step) from None
         except (EOFError, OSError) as error:
             raise self._died(tag, error) from None
 
-    def _take_frames(self) -> None:
-        while (header := self._reader.next_frame()) is not None:
+    def _take_frames(self, micro_batch: int) -> None:
+        """Reads answers as far as they came, but no further than this micro-batch's: an end of file can wait."""
+        while self._arrived[micro_batch] is None and (header := self._reader.next_frame()) is not None:
             sent = self._sent[header.tag.micro_batch]
             if sent is not None and header.sequence == sent.sequence:
                 self._arrived[header.tag.micro_batch] = header

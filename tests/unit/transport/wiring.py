@@ -1,0 +1,105 @@
+"""Builders for transport tests: listeners and links of each kind, wired up within one test process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from afd_server.models.ffn_call import FFNCall
+from afd_server.transport.base import CallTag, IncomingCall, Link, LinkShape, Listener
+from afd_server.transport.connect import connect
+from afd_server.transport.inproc import InprocListener
+from afd_server.transport.listener import SocketListener
+
+SECRET = b"the cluster's secret"
+DEADLINE_S = 20.0
+SHAPE = LinkShape(max_rows=8, hidden_size=16, top_k=2, wire_dtype="float32")
+
+
+@dataclass
+class Wiring:
+    """A listener and ways to open links to it."""
+
+    kind: str
+    listener: Listener
+    links: list[Link] = field(default_factory=list)
+
+    def link(self, shape: LinkShape = SHAPE, replica: int = 0, secret: bytes = SECRET) -> Link:
+        if isinstance(self.listener, InprocListener):
+            link = self.listener.connect(shape, replica)
+        else:
+            link = connect_while_waiting(
+                self.listener,
+                lambda: connect(self.listener.endpoint, shape, replica, secret, self.kind, DEADLINE_S),
+            )
+        self.links.append(link)
+        return link
+
+    def calls(self, count: int) -> list[IncomingCall]:
+        """Waits for that many calls."""
+        return wait_for(self.listener, count)
+
+
+def wait_for(listener: Listener, count: int) -> list[IncomingCall]:
+    deadline = time.monotonic() + DEADLINE_S
+    calls: list[IncomingCall] = []
+    while len(calls) < count and time.monotonic() < deadline:
+        calls += listener.wait(0.2)
+    assert len(calls) == count
+    return calls
+
+
+def connect_while_waiting(listener: Listener, connect_link: Callable[[], Link]) -> Link:
+    """Runs the client's side on another thread while this one drives the listener, which must see no call."""
+    outcome: list[Link | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(connect_link())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while thread.is_alive():
+        assert listener.wait(0.01) == []
+    thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+@contextmanager
+def wired(kind: str) -> Iterator[Wiring]:
+    listener = InprocListener("ffn-0") if kind == "inproc" else SocketListener("ffn-0", "node", SECRET)
+    wiring = Wiring(kind, listener)
+    try:
+        yield wiring
+    finally:
+        for link in wiring.links:
+            link.close()
+        listener.close()
+
+
+def random_call(shape: LinkShape, rows: int, layer: int = 0, routed: bool = False, seed: int = 0) -> FFNCall:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, shape.hidden_size, generator=generator)
+    if not routed:
+        return FFNCall(layer, x, None, None)
+    ids = torch.randint(0, 60, (rows, shape.top_k), generator=generator, dtype=torch.int32)
+    return FFNCall(layer, x, ids, torch.rand(rows, shape.top_k, generator=generator))
+
+
+def serve(call: IncomingCall, factor: float = 2.0) -> None:
+    """Answers a call with x * factor, written where the answer belongs."""
+    torch.mul(call.call.x, factor, out=call.answer_buffer())
+    call.answer(ffn_us=7, batch_rows=call.call.x.shape[0])
+
+
+def tag(step: int = 1, layer: int = 0, micro_batch: int = 0, replica: int = 0) -> CallTag:
+    return CallTag(replica, step, layer, micro_batch)
