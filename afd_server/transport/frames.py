@@ -94,21 +94,20 @@ class Header:
 
 
 class FrameReader:
-    """Reads whole frames from a non-blocking socket, in as many pieces as they come.
+    """Reads whole frames from a non-blocking socket, in as many pieces as they come."""
 
-    payload_of: called with each header; checks it against the link and gives the places where the payload goes (none
-    when it does not follow on the socket). May raise FrameError.
-    """
-
-    def __init__(self, sock: socket.socket, payload_of: Callable[[Header], list[memoryview]]) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._payload_of = payload_of
         self._header_bytes = memoryview(bytearray(HEADER_BYTES))
         self._header: Header | None = None
         self._unfilled: deque[memoryview] = deque([self._header_bytes])
 
-    def next_frame(self) -> Header | None:
-        """The next complete frame, or None when more bytes must come first. Raises EOFError, OSError, FrameError."""
+    def next_frame(self, payload_of: Callable[[Header], list[memoryview]]) -> Header | None:
+        """The next complete frame, or None when more bytes must come first. Raises EOFError, OSError, FrameError.
+
+        payload_of: called with each header; checks it against the link and gives the places where the payload goes
+        (none when it does not follow on the socket). May raise FrameError.
+        """
         while True:
             while self._unfilled:
                 try:
@@ -123,7 +122,7 @@ class FrameReader:
                 self._unfilled.append(self._header_bytes)
                 return header
             self._header = Header.unpack(self._header_bytes)
-            self._unfilled.extend(piece for piece in self._payload_of(self._header) if len(piece))
+            self._unfilled.extend(piece for piece in payload_of(self._header) if len(piece))
 
     def _advance(self, received: int) -> None:
         rest = self._unfilled[0][received:]

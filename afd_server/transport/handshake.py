@@ -131,12 +131,10 @@ def shake_hands(
         check_challenge(challenge)
         _set_timeout(sock, deadline)
         frame = pack_hello(secret, challenge, hello)
-        if descriptors:
-            # A stream may take only part of the bytes; the descriptors go with the first of them.
-            sent = socket.send_fds(sock, [frame], descriptors)
+        # A stream may take only part of the bytes; the descriptors go with the first of them.
+        sent = socket.send_fds(sock, [frame], descriptors) if descriptors else 0
+        if sent < len(frame):
             sock.sendall(frame[sent:])
-        else:
-            sock.sendall(frame)
         reply = b""
         while len(reply) < (length := frame_bytes(reply)):
             reply += _receive(sock, length - len(reply), deadline)

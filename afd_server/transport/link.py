@@ -34,7 +34,7 @@ class SocketLink(Link):
         self._replica = replica
         self._payload_on_socket = payload_on_socket
         sock.setblocking(False)
-        self._reader = FrameReader(sock, self._payload_of)
+        self._reader = FrameReader(sock)
         self._outbox = Outbox(sock)
         self._poll = select.poll()
         self._sequence = 0
@@ -105,7 +105,10 @@ class SocketLink(Link):
 
     def _take_frames(self, micro_batch: int) -> None:
         """Reads answers as far as they came, but no further than this micro-batch's: an end of file can wait."""
-        while self._arrived[micro_batch] is None and (header := self._reader.next_frame()) is not None:
+        while (
+            self._arrived[micro_batch] is None
+            and (header := self._reader.next_frame(self._payload_of)) is not None
+        ):
             sent = self._sent[header.tag.micro_batch]
             if sent is not None and header.sequence == sent.sequence:
                 self._arrived[header.tag.micro_batch] = header

@@ -116,7 +116,7 @@ class ServedLink:
         self._slots = slots
         self._payload_on_socket = payload_on_socket
         self._output_pending = output_pending
-        self._reader = FrameReader(sock, self._payload_of)
+        self._reader = FrameReader(sock)
         self._outbox = Outbox(sock)
         self._latest = [0] * NUM_SLOTS  # sequence number of each micro-batch's last call
 
@@ -130,7 +130,7 @@ class ServedLink:
     def read_calls(self) -> list[ServedCall]:
         """Every call that is complete. Raises EOFError, OSError, FrameError."""
         calls: list[ServedCall] = []
-        while len(calls) < NUM_SLOTS and (header := self._reader.next_frame()) is not None:
+        while len(calls) < NUM_SLOTS and (header := self._reader.next_frame(self._payload_of)) is not None:
             tag = header.tag
             call = self._slots.read_call(tag.micro_batch, tag.layer, header.rows, header.routed)
             calls.append(ServedCall(self, header, call))

@@ -142,7 +142,7 @@ def test_a_reason_of_any_length_is_cut_not_refused(wiring: Wiring) -> None:
 def test_no_answer_in_time_is_an_error_that_says_where(wiring: Wiring) -> None:
     link = wiring.link()
     link.send(tag(step=8, layer=4), random_call(SHAPE, 1, layer=4))
-    with pytest.raises(WorkerTimeoutError, match="worker ffn-0, layer 4, step 8: no answer within 0.01 s"):
+    with pytest.raises(WorkerTimeoutError, match=r"worker ffn-0, layer 4, step 8: no answer within 0\.01 s"):
         link.receive(tag(step=8, layer=4), 0.01)
     serve(wiring.calls(1)[0])
     link.receive(tag(step=8, layer=4), DEADLINE_S)  # it was late, not lost
