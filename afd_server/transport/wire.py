@@ -25,6 +25,9 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _FIELD_ALIGNMENT_BYTES = 64  # a cache line
 _SLOT_ALIGNMENT_BYTES = 4096  # a page: an unused micro-batch never touches memory
 
+# Views of slots that are kept per link.
+_MAX_VIEWS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Field:
@@ -97,6 +100,7 @@ class Slots:
                 memory = torch.empty(self.layout.total_bytes, dtype=torch.uint8, device=device)
             assert len(memory) == self.layout.total_bytes
             self._memory = memory
+        self._views: dict[tuple[int, int], Tensor] = {}  # by first byte and rows
         self._bytes: memoryview | None = memory.numpy().data if memory.device.type == "cpu" else None
 
     def write_call(self, micro_batch: int, call: FFNCall) -> None:
@@ -147,9 +151,16 @@ class Slots:
         return [self._buffer(self.layout.answer_start(micro_batch), self.layout.y, rows)]
 
     def _tensor(self, start: int, field: Field, rows: int) -> Tensor:
+        # Kept, because making a view costs as much as a system call and all layers of a step ask for the same ones.
         first = start + field.offset_bytes
-        flat = self._memory[first : first + rows * field.row_bytes].view(field.dtype)
-        return flat.view(rows, field.columns)
+        view = self._views.get((first, rows))
+        if view is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            with torch.inference_mode(False):
+                flat = self._memory[first : first + rows * field.row_bytes].view(field.dtype)
+                view = self._views[first, rows] = flat.view(rows, field.columns)
+        return view
 
     def _buffer(self, start: int, field: Field, rows: int) -> memoryview:
         assert self._bytes is not None
