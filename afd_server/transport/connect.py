@@ -9,7 +9,6 @@ import os
 import socket
 import sys
 import time
-from typing import Literal
 
 import torch
 
@@ -19,10 +18,8 @@ from afd_server.transport.handshake import new_hello, shake_hands
 from afd_server.transport.link import SocketLink
 from afd_server.transport.wire import SlotLayout, Slots
 
-SocketTransport = Literal["shm", "tcp"]
 
-
-def choose_transport(setting: str, own_node: str, endpoint: Endpoint) -> SocketTransport:
+def choose_transport(setting: str, own_node: str, endpoint: Endpoint) -> str:
     """The path to a worker of another process. `setting` is --transport; own_node this process's node id.
 
     auto takes shared memory where both are on one Linux node, else TCP. Raises ConfigError when the setting cannot be.
@@ -43,24 +40,24 @@ def connect(
     shape: LinkShape,
     replica: int,
     secret: bytes,
-    transport: SocketTransport,
+    transport: str,
     timeout_s: float,
 ) -> Link:
-    """A link of attention replica `replica` to the FFN worker at `endpoint`.
+    """A link of attention replica `replica` to the FFN worker at `endpoint`. transport: "shm" or "tcp".
 
     Raises WorkerDiedError when nobody listens there, WorkerTimeoutError when the link does not stand in time, and
     ProtocolError when the other end has another secret or speaks another protocol.
     """
+    assert transport in ("shm", "tcp"), transport
     deadline = time.monotonic() + timeout_s
     sock = dial(endpoint, timeout_s, unix=transport == "shm")
     try:
-        hello = new_hello(transport, replica, shape)
         if transport == "tcp":
-            shake_hands(sock, endpoint.worker, secret, hello, [], deadline)
+            shake_hands(sock, endpoint.worker, secret, new_hello("tcp", replica, shape), [], deadline)
             return SocketLink(endpoint.worker, sock, Slots(shape), replica, payload_on_socket=True)
         slots, descriptor = _shared_slots(shape)
         try:
-            shake_hands(sock, endpoint.worker, secret, hello, [descriptor], deadline)
+            shake_hands(sock, endpoint.worker, secret, new_hello("shm", replica, shape), [descriptor], deadline)
         finally:
             os.close(descriptor)
         return SocketLink(endpoint.worker, sock, slots, replica, payload_on_socket=False)

@@ -348,8 +348,10 @@ def test_a_killed_attention_worker_leaves_the_others_served() -> None:
                 orphans = wiring.calls(2)
             finally:
                 process.kill()
+        deadline = time.monotonic() + DEADLINE_S
         while any(call.wanted for call in orphans):  # until both ends of file are read
             assert wiring.listener.wait(0.01) == []
+            assert time.monotonic() < deadline
         for call in orphans:
             with pytest.raises(WorkerDiedError):
                 serve(call)
