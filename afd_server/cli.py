@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="afd", description="Large language models, every decoder layer split in two.")
     parser.add_argument("--version", action="version", version=f"afd-server {__version__}")
-    parser.add_argument("command", choices=sorted(COMMANDS), help="; ".join(f"{k}: {v[1]}" for k, v in COMMANDS.items()))
+    parser.add_argument(
+        "command", choices=sorted(COMMANDS), help="; ".join(f"{k}: {v[1]}" for k, v in COMMANDS.items())
+    )
     chosen = parser.parse_args(arguments[:1])
     try:
         return COMMANDS[chosen.command][0](arguments[1:])
@@ -95,14 +97,20 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
     help_text = setting.metadata["help"]
     if setting.default is not None:
         help_text += f". Default: {'on' if setting.default is True else 'off' if setting.default is False else setting.default}"
-    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%"), "dest": setting.name}
+    common: dict[str, Any] = {
+        "default": argparse.SUPPRESS,
+        "help": help_text.replace("%", "%%"),
+        "dest": setting.name,
+    }
     kind = str(setting.type).split(" ")[0]
     if kind == "bool":
         group.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, **common)
         return
     converter: Callable[[str], Any] = {"int": int, "float": float, "str": str}[kind]
     choices = setting.metadata["choices"] or None
-    metavar = None if choices else {"int": "N", "float": "SECONDS", "str": setting.name.split("_")[-1].upper()}[kind]
+    metavar = (
+        None if choices else {"int": "N", "float": "SECONDS", "str": setting.name.split("_")[-1].upper()}[kind]
+    )
     group.add_argument(flag(setting.name), type=converter, choices=choices, metavar=metavar, **common)
 
 
@@ -121,7 +129,9 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("--config", f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(
+            "--config", f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError("--config", f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -154,7 +164,9 @@ def convert(argv: Sequence[str]) -> int:
     parser = Parser(prog="afd convert", description="Turn a GGUF file into a Hugging Face directory.")
     parser.add_argument("source", type=Path, metavar="IN", help="a .gguf file")
     parser.add_argument("out", type=Path, metavar="OUT", help="the directory to write; must not exist")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
+    )
     given = parser.parse_args(list(argv))
     from afd_server.checkpoints.convert import convert
 
@@ -163,18 +175,24 @@ def convert(argv: Sequence[str]) -> int:
 
 
 def upcycle(argv: Sequence[str]) -> int:
-    parser = Parser(prog="afd upcycle", description="Turn a dense Llama directory into a Mixtral of equal experts.")
+    parser = Parser(
+        prog="afd upcycle", description="Turn a dense Llama directory into a Mixtral of equal experts."
+    )
     parser.add_argument("source", type=Path, metavar="IN", help="a Hugging Face directory of a dense Llama")
     parser.add_argument("out", type=Path, metavar="OUT", help="the directory to write; must not exist")
     parser.add_argument("--experts", type=int, default=8, metavar="N", help="default: %(default)s")
-    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token. Default: %(default)s")
+    parser.add_argument(
+        "--top-k", type=int, default=2, metavar="K", help="experts per token. Default: %(default)s"
+    )
     parser.add_argument("--noise", type=float, default=0.0, metavar="STD",
                         help="relative noise on each expert's weights; 0: the dense model's output. Default: %(default)s")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of router and noise. Default: %(default)s")
     given = parser.parse_args(list(argv))
     from afd_server.checkpoints.upcycle import upcycle
 
-    upcycle(given.source, given.out, experts=given.experts, top_k=given.top_k, noise=given.noise, seed=given.seed)
+    upcycle(
+        given.source, given.out, experts=given.experts, top_k=given.top_k, noise=given.noise, seed=given.seed
+    )
     return 0
 
 

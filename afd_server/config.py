@@ -30,7 +30,9 @@ class ServeConfig:
     model: str = option("", "model", "a Hugging Face directory, or a hub name where the network allows")
     served_model_name: str | None = option(None, "model", "the name that clients use; default: MODEL as given")
     dtype: str = option("auto", "model", "type of weights and activations; auto: the checkpoint's", DTYPES)
-    max_model_len: int | None = option(None, "model", "longest prompt + output, tokens; default: the model's own")
+    max_model_len: int | None = option(
+        None, "model", "longest prompt + output, tokens; default: the model's own"
+    )
     trust_remote_code: bool = option(False, "model", "accepted for compatibility; no remote code is ever run")
     seed: int = option(0, "model", "seed from which the seeds of requests without one are drawn")
 
@@ -50,21 +52,35 @@ class ServeConfig:
 
     attention_workers: int = option(1, "cluster", "attention workers, each a replica with its own requests")
     ffn_workers: int = option(1, "cluster", "FFN workers in all: replicas x expert shards x tensor shards")
-    ffn_parallel: str = option("ep", "cluster", "how FFN workers of a replica share the weights: ep, tp or <ep>x<tp>")
+    ffn_parallel: str = option(
+        "ep", "cluster", "how FFN workers of a replica share the weights: ep, tp or <ep>x<tp>"
+    )
     ffn_replicas: int = option(1, "cluster", "copies of the whole FFN side")
-    gate_on: str = option("attention", "cluster", "which side runs the router of a MoE layer", ("attention", "ffn"))
-    executor: str = option("ray", "cluster", "ray: one actor a worker; local: threads of one process", ("ray", "local"))
+    gate_on: str = option(
+        "attention", "cluster", "which side runs the router of a MoE layer", ("attention", "ffn")
+    )
+    executor: str = option(
+        "ray", "cluster", "ray: one actor a worker; local: threads of one process", ("ray", "local")
+    )
     ray_address: str | None = option(None, "cluster", "a running Ray cluster; default: start one on this host")
-    device: str = option("auto", "cluster", "where the tensors live; auto: cuda if there is one", ("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "cluster", "where the tensors live; auto: cuda if there is one", ("auto", "cpu", "cuda")
+    )
     attention_resource: str | None = option(
         None, "cluster", "custom Ray resource that a node for attention workers must offer"
     )
-    ffn_resource: str | None = option(None, "cluster", "custom Ray resource that a node for FFN workers must offer")
+    ffn_resource: str | None = option(
+        None, "cluster", "custom Ray resource that a node for FFN workers must offer"
+    )
     start_timeout: float = option(300.0, "cluster", "seconds that placing and loading the workers may take")
 
     micro_batches: str = option("auto", "pipeline", "micro-batches in flight, 1 to 4; auto: by measured times")
-    transport: str = option("auto", "pipeline", "path of the activations; auto: by where the workers are", TRANSPORTS)
-    wire_dtype: str = option("auto", "pipeline", "type of activations on the wire; auto: the model's", WIRE_DTYPES)
+    transport: str = option(
+        "auto", "pipeline", "path of the activations; auto: by where the workers are", TRANSPORTS
+    )
+    wire_dtype: str = option(
+        "auto", "pipeline", "type of activations on the wire; auto: the model's", WIRE_DTYPES
+    )
     ffn_timeout: float = option(60.0, "pipeline", "seconds to wait for one FFN answer, restarts included")
 
     def __post_init__(self) -> None:
@@ -78,7 +94,9 @@ class ServeConfig:
         if self.shutdown_timeout < 0:
             raise ConfigError("--shutdown-timeout", "is negative")
         if self.micro_batches != "auto" and self.micro_batches not in map(str, range(1, MAX_MICRO_BATCHES + 1)):
-            raise ConfigError("--micro-batches", f"{self.micro_batches!r} is not auto or 1 to {MAX_MICRO_BATCHES}")
+            raise ConfigError(
+                "--micro-batches", f"{self.micro_batches!r} is not auto or 1 to {MAX_MICRO_BATCHES}"
+            )
         if self.transport == "inproc" and self.executor != "local":
             raise ConfigError("--transport", "inproc joins threads of one process", "add --executor local")
         if not self.enable_chunked_prefill and self.max_num_batched_tokens < (self.max_model_len or 0):
@@ -90,7 +108,9 @@ class ServeConfig:
     def ffn_shards(self) -> tuple[int, int]:
         """(expert shards, tensor shards) of one FFN replica; their product times ffn_replicas is ffn_workers."""
         if self.ffn_workers % self.ffn_replicas:
-            raise ConfigError("--ffn-replicas", f"{self.ffn_workers} FFN workers do not make {self.ffn_replicas} equal copies")
+            raise ConfigError(
+                "--ffn-replicas", f"{self.ffn_workers} FFN workers do not make {self.ffn_replicas} equal copies"
+            )
         per_replica = self.ffn_workers // self.ffn_replicas
         if self.ffn_parallel == "ep":
             return per_replica, 1
@@ -98,7 +118,9 @@ class ServeConfig:
             return 1, per_replica
         ep, _, tp = self.ffn_parallel.partition("x")
         if not (ep.isdigit() and tp.isdigit() and int(ep) > 0 and int(tp) > 0):
-            raise ConfigError("--ffn-parallel", f"{self.ffn_parallel!r} is not ep, tp or <ep>x<tp>", "for example 2x2")
+            raise ConfigError(
+                "--ffn-parallel", f"{self.ffn_parallel!r} is not ep, tp or <ep>x<tp>", "for example 2x2"
+            )
         if int(ep) * int(tp) != per_replica:
             raise ConfigError("--ffn-parallel", f"{self.ffn_parallel} needs {int(ep) * int(tp)} workers a replica, "
                               f"there are {per_replica}", "change --ffn-workers")  # fmt: skip

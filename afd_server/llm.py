@@ -21,10 +21,10 @@ from typing import Self
 from afd_server.attention.ffn_group import Connector
 from afd_server.checkpoints.locate import locate_model
 from afd_server.cluster.layout import link_shape, resolve
-from afd_server.cluster.workers import AttentionReplica, FFNServer, ffn_name
+from afd_server.cluster.workers import AttentionReplica, FFNServer, Started, attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.models.spec import read_model_spec
-from afd_server.router.replica_client import LocalReplicaClient
+from afd_server.router.replica_client import LocalReplicaClient, ReplicaClient
 from afd_server.router.router import Router
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.transport.base import Listener
@@ -38,34 +38,56 @@ class LocalWorkers:
     """All workers of one server as threads of this process. `config` is a resolved one."""
 
     def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self.ffn: list[FFNServer] = []
+        self.attention: list[AttentionReplica] = []
+        self.clients: list[LocalReplicaClient] = []
+
+    def start(self) -> Started:
+        """Loads and connects every worker. Raises StartError."""
+        config = self._config
+
         # 1. FFN workers first: each loads its shard of the MLP and expert weights and listens for calls.
         secret = secrets.token_bytes(32)
-        listeners = [self._listen(config, index, secret) for index in range(config.ffn_workers)]
+        listeners = [self._listen(index, secret) for index in range(config.ffn_workers)]
         self.ffn = [FFNServer(config, index, listener) for index, listener in enumerate(listeners)]
 
-        # 2. Attention replicas: each loads the attention weights, allocates its KV cache, and connects to all of them.
-        self.transports = {config.transport}
-        self.clients: list[LocalReplicaClient] = []
-        self.attention: list[AttentionReplica] = []
+        # 2. Attention replicas: each loads the attention weights, allocates its KV cache and connects to all of them.
         for index in range(config.attention_workers):
-            connectors = [self._connector(config, listener, index, secret) for listener in listeners]
-            client = LocalReplicaClient(f"attention-{index}")
+            connectors = [self._connector(listener, index, secret) for listener in listeners]
+            client = LocalReplicaClient(attention_name(index))
             replica = AttentionReplica(config, index, connectors, client.deliver)
             client.attach(replica.loop)
             self.clients.append(client)
             self.attention.append(replica)
+        return Started(
+            attention=tuple(replica.info for replica in self.attention),
+            ffn=tuple(server.info for server in self.ffn),
+            transports=(config.transport,),
+        )
 
-    def _listen(self, config: ServeConfig, index: int, secret: bytes) -> Listener:
-        if config.transport == "inproc":
+    def _listen(self, index: int, secret: bytes) -> Listener:
+        if self._config.transport == "inproc":
             return InprocListener(ffn_name(index))
         return SocketListener(ffn_name(index), "local", secret, host="127.0.0.1")
 
-    def _connector(self, config: ServeConfig, listener: Listener, replica: int, secret: bytes) -> Connector:
-        shape = link_shape(config, read_model_spec(config.model))
+    def _connector(self, listener: Listener, replica: int, secret: bytes) -> Connector:
+        shape = link_shape(self._config, read_model_spec(self._config.model))
         if isinstance(listener, InprocListener):
             return lambda timeout_s: listener.connect(shape, replica)
         assert isinstance(listener, SocketListener)
-        return partial(connect, listener.endpoint, shape, replica, secret, config.transport)
+        return partial(connect, listener.endpoint, shape, replica, secret, self._config.transport)
+
+    async def connect(self) -> Sequence[ReplicaClient]:
+        """A client to each replica, for the router."""
+        return self.clients
+
+    async def supervise(self, router: Router) -> None:
+        """Nothing to watch: threads do not die alone. Returns when cancelled."""
+        await asyncio.Event().wait()
+
+    def health(self) -> list[str]:
+        return []
 
     def stop(self) -> None:
         """Ends every thread: attention first, so that no call is left without an answer."""
@@ -82,6 +104,7 @@ class LLM:
         self.config = resolve(config, self.spec, directory)
         self.tokenizer = Tokenizer.load(directory)
         self.workers = LocalWorkers(self.config)
+        self.workers.start()
 
     def generate(self, prompts: str | Sequence[str], **sampling: object) -> list[str]:
         """The continuation of each prompt, all run as one batch. Keywords: fields of SamplingParams."""
@@ -96,7 +119,8 @@ class LLM:
         """The output token ids of each prompt of token ids. Raises RuntimeError if a request ends in an error."""
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         requests = [
-            GenerationRequest(secrets.token_hex(8), tuple(prompt), each) for prompt, each in zip(prompts, params, strict=True)
+            GenerationRequest(secrets.token_hex(8), tuple(prompt), each)
+            for prompt, each in zip(prompts, params, strict=True)
         ]
         return asyncio.run(self._run(requests))
 
@@ -119,5 +143,3 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.workers.stop()
-
-

@@ -86,7 +86,13 @@ class FFNGroup:
     """
 
     def __init__(
-        self, connectors: Sequence[Connector], layout: GroupLayout, *, replica: int, dtype: torch.dtype, timeout_s: float
+        self,
+        connectors: Sequence[Connector],
+        layout: GroupLayout,
+        *,
+        replica: int,
+        dtype: torch.dtype,
+        timeout_s: float,
     ) -> None:
         self._layout = layout
         self._replica = replica

@@ -90,7 +90,9 @@ class Sampler:
                 logits_NV[row, [*self._eos_token_ids, *params.stop_token_ids]] = -torch.inf
             if params.logit_bias:
                 biased = torch.tensor(list(params.logit_bias), device=logits_NV.device)
-                logits_NV[row, biased] += torch.tensor(list(params.logit_bias.values()), device=logits_NV.device)
+                logits_NV[row, biased] += torch.tensor(
+                    list(params.logit_bias.values()), device=logits_NV.device
+                )
             if state.output_counts_V is not None:
                 logits_NV[row] = _penalised(state, logits_NV[row])
         return logits_NV
@@ -121,7 +123,9 @@ def _draw(states: list[RequestState], logits_NV: Tensor) -> Tensor:
         logits_NV = _truncated(states, logits_NV)
     cumulative_NV = logits_NV.softmax(dim=-1).double().cumsum(dim=-1)
     uniform_N1 = torch.tensor(
-        [uniform(state.params.seed, state.num_outputs) for state in states], device=logits_NV.device, dtype=torch.float64
+        [uniform(state.params.seed, state.num_outputs) for state in states],
+        device=logits_NV.device,
+        dtype=torch.float64,
     )[:, None]
     # Scaled by the row's total, so that rounding cannot push the target past the last likely token.
     tokens_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)
@@ -133,7 +137,9 @@ def _truncated(states: list[RequestState], logits_NV: Tensor) -> Tensor:
     vocab_size = logits_NV.shape[-1]
     sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True)
     top_k = torch.tensor([state.params.top_k or vocab_size for state in states], device=logits_NV.device)
-    sorted_NV = sorted_NV.masked_fill(torch.arange(vocab_size, device=logits_NV.device) >= top_k[:, None], -torch.inf)
+    sorted_NV = sorted_NV.masked_fill(
+        torch.arange(vocab_size, device=logits_NV.device) >= top_k[:, None], -torch.inf
+    )
     probabilities_NV = sorted_NV.softmax(dim=-1)
     top_p = torch.tensor([state.params.top_p for state in states], device=logits_NV.device)[:, None]
     # A token stays while the mass before it is below top_p; so the likeliest always stays.

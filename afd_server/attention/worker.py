@@ -24,7 +24,13 @@ class AttentionWorker:
     """Carries out plans on the thread that calls it. `cache` holds one tensor per layer (kvcache/storage.py)."""
 
     def __init__(
-        self, half: AttentionHalf, cache: Sequence[Tensor], ffn_group: FFNGroup, *, block_size: int, device: torch.device
+        self,
+        half: AttentionHalf,
+        cache: Sequence[Tensor],
+        ffn_group: FFNGroup,
+        *,
+        block_size: int,
+        device: torch.device,
     ) -> None:
         self._half = half
         self._cache = cache

@@ -18,7 +18,7 @@ import ray
 
 from afd_server.attention.ffn_group import Connector
 from afd_server.cluster.layout import link_shape
-from afd_server.cluster.workers import AttentionReplica, FFNInfo, FFNServer, ReplicaInfo, attention_name, ffn_name
+from afd_server.cluster.workers import AttentionReplica, FFNServer, WorkerInfo, attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.errors import ServingError, StartError
 from afd_server.models.spec import read_model_spec
@@ -42,11 +42,11 @@ class FFNActor:
         self._config, self._index, self._secret = config, index, secret
         self._server: FFNServer | None = None
 
-    def load(self) -> tuple[Endpoint, FFNInfo]:
+    def load(self) -> tuple[Endpoint, WorkerInfo]:
         """Loads the shard and starts to serve. Raises StartError with the reason."""
         return _explained(self._load)
 
-    def _load(self) -> tuple[Endpoint, FFNInfo]:
+    def _load(self) -> tuple[Endpoint, WorkerInfo]:
         listener = SocketListener(ffn_name(self._index), _node(), self._secret, host=_address())
         self._server = FFNServer(self._config, self._index, listener)
         return listener.endpoint, self._server.info
@@ -69,14 +69,14 @@ class AttentionActor:
         self._events = asyncio.new_event_loop()
         threading.Thread(target=self._events.run_forever, name="control", daemon=True).start()
 
-    def load(self, ffn: Sequence[Endpoint]) -> tuple[Endpoint, ReplicaInfo, list[str]]:
+    def load(self, ffn: Sequence[Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
         """Loads, connects to every FFN worker and starts the engine. Raises StartError with the reason.
 
         The list names the transport to each FFN worker, as it was chosen.
         """
         return _explained(partial(self._load, ffn))
 
-    def _load(self, ffn: Sequence[Endpoint]) -> tuple[Endpoint, ReplicaInfo, list[str]]:
+    def _load(self, ffn: Sequence[Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
         control = ControlServer(
             self._secret,
             name=attention_name(self._index),
@@ -88,7 +88,9 @@ class AttentionActor:
         self._replica = AttentionReplica(
             self._config, self._index, [self._connector(endpoint) for endpoint in ffn], control.publish
         )
-        asyncio.run_coroutine_threadsafe(control.start(), self._events).result(timeout=self._config.start_timeout)
+        asyncio.run_coroutine_threadsafe(control.start(), self._events).result(
+            timeout=self._config.start_timeout
+        )
         return control.endpoint, self._replica.info, [self._transport(endpoint) for endpoint in ffn]
 
     @property

@@ -29,16 +29,22 @@ def resolve(config: ServeConfig, spec: ModelSpec, directory: Path) -> ServeConfi
     longest = spec.max_position_embeddings
     max_model_len = config.max_model_len or longest
     if max_model_len > longest:
-        raise ConfigError("--max-model-len", f"{max_model_len} is beyond the model's {longest} positions", "lower it")
+        raise ConfigError(
+            "--max-model-len", f"{max_model_len} is beyond the model's {longest} positions", "lower it"
+        )
     ep, _ = config.ffn_shards
     num_experts = _num_experts(spec)
     if num_experts and ep > num_experts:
-        raise ConfigError("--ffn-workers", f"{ep} expert shards for {num_experts} experts", "use --ffn-parallel tp")
+        raise ConfigError(
+            "--ffn-workers", f"{ep} expert shards for {num_experts} experts", "use --ffn-parallel tp"
+        )
     if config.device == "cuda" and config.executor == "local" and not torch.cuda.is_available():
         raise ConfigError("--device", "there is no CUDA device here", "use --device cpu")
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     if dtype == "float16":
-        raise ConfigError("--dtype", "the checkpoint's float16 is not served", "use --dtype bfloat16 or float32")
+        raise ConfigError(
+            "--dtype", "the checkpoint's float16 is not served", "use --dtype bfloat16 or float32"
+        )
     return dataclasses.replace(
         config,
         model=str(directory),

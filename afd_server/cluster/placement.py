@@ -80,7 +80,13 @@ def stop_ray() -> None:
 
 
 def _create(
-    kind: type, config: ServeConfig, index: int, secret: bytes, group: PlacementGroup, bundle: int, resources: dict[str, float]
+    kind: type,
+    config: ServeConfig,
+    index: int,
+    secret: bytes,
+    group: PlacementGroup,
+    bundle: int,
+    resources: dict[str, float],
 ) -> Any:
     custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     options: dict[str, Any] = {
@@ -121,5 +127,9 @@ def _total(bundles: list[dict[str, float]]) -> str:
 
 
 def _cluster_resources() -> str:
-    offered = {name: amount for name, amount in ray.cluster_resources().items() if ":" not in name and "memory" not in name}
+    offered = {
+        name: amount
+        for name, amount in ray.cluster_resources().items()
+        if ":" not in name and "memory" not in name
+    }
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(offered.items())) or "nothing"

@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from afd_server.cluster.actors import AttentionActor, FFNActor
 from afd_server.cluster.placement import place, start_ray, stop_ray
-from afd_server.cluster.workers import FFNInfo, ReplicaInfo, attention_name, ffn_name
+from afd_server.cluster.workers import Started, attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.errors import StartError
 from afd_server.router.router import Router
@@ -46,15 +46,6 @@ class Member:
     reason: str = ""
 
 
-@dataclass(slots=True)
-class ClusterInfo:
-    """What was started, for the start-up lines."""
-
-    replicas: list[ReplicaInfo] = field(default_factory=list)
-    ffn: list[FFNInfo] = field(default_factory=list)
-    transports: set[str] = field(default_factory=set)
-
-
 class RayCluster:
     """The actors of one server. `config` is a resolved one."""
 
@@ -65,23 +56,24 @@ class RayCluster:
         self._attention: list[Member] = []
         self._stopping = False
 
-    def start(self) -> ClusterInfo:
+    def start(self) -> Started:
         """Places and loads every worker, FFN first. Raises StartError with the first cause, within start_timeout."""
         deadline = time.monotonic() + self._config.start_timeout
         start_ray(self._config)
         actors = place(self._config, FFNActor, AttentionActor, self._secret, self._config.start_timeout)
         self._ffn = [Member(ffn_name(index), actor) for index, actor in enumerate(actors.ffn)]
         self._attention = [Member(attention_name(index), actor) for index, actor in enumerate(actors.attention)]
-        info = ClusterInfo()
-        for member, (endpoint, ffn_info) in zip(self._ffn, self._load(self._ffn, deadline), strict=True):
+        ffn = self._load(self._ffn, deadline)
+        for member, (endpoint, _) in zip(self._ffn, ffn, strict=True):
             member.endpoint = endpoint
-            info.ffn.append(ffn_info)
-        loads = self._load(self._attention, deadline, self._ffn_endpoints())
-        for member, (endpoint, replica_info, transports) in zip(self._attention, loads, strict=True):
+        attention = self._load(self._attention, deadline, self._ffn_endpoints())
+        for member, (endpoint, _, _) in zip(self._attention, attention, strict=True):
             member.endpoint = endpoint
-            info.replicas.append(replica_info)
-            info.transports.update(transports)
-        return info
+        return Started(
+            attention=tuple(info for _, info, _ in attention),
+            ffn=tuple(info for _, info in ffn),
+            transports=tuple(sorted({name for _, _, names in attention for name in names})),
+        )
 
     def _ffn_endpoints(self) -> list[Endpoint]:
         return [member.endpoint for member in self._ffn if member.endpoint is not None]
@@ -95,14 +87,18 @@ class RayCluster:
             ready, _ = ray.wait(list(waiting), timeout=max(0.0, left_s))
             if not ready:
                 names = ", ".join(member.name for member in waiting.values())
-                raise StartError(f"{names}: not loaded within {self._config.start_timeout:g} s (raise --start-timeout)")
+                raise StartError(
+                    f"{names}: not loaded within {self._config.start_timeout:g} s (raise --start-timeout)"
+                )
             member = waiting.pop(ready[0])
             try:
                 results[member.name] = ray.get(ready[0])
             except RayTaskError as error:
                 raise StartError(f"{member.name}: {error.cause}") from None
             except RayError as error:
-                raise StartError(f"{member.name}: its process ended while it loaded: {_first_line(error)}") from None
+                raise StartError(
+                    f"{member.name}: its process ended while it loaded: {_first_line(error)}"
+                ) from None
         return [results[member.name] for member in members]
 
     async def connect(self) -> list[ControlClient]:
@@ -195,5 +191,3 @@ async def _told(reference: Any) -> None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-

@@ -44,24 +44,23 @@ STOP_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaInfo:
-    """What a started attention worker tells of itself, for the start-up lines and for /health."""
+class WorkerInfo:
+    """What a started worker tells of itself. kv_cache_tokens is 0 for an FFN worker: it has no cache."""
 
     name: str
     pid: int
     device: str
-    kv_cache_tokens: int
     weight_bytes: int
+    kv_cache_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class FFNInfo:
-    """What a started FFN worker tells of itself."""
+class Started:
+    """What a start gave, for the lines that a person reads. transports: each kind in use, once."""
 
-    name: str
-    pid: int
-    device: str
-    weight_bytes: int
+    attention: tuple[WorkerInfo, ...]
+    ffn: tuple[WorkerInfo, ...]
+    transports: tuple[str, ...]
 
 
 def attention_name(index: int) -> str:
@@ -82,9 +81,14 @@ class FFNServer:
         torch.set_num_threads(threads_per_worker(config, usable_cores()))
         directory = Path(config.model)
         half = load_ffn_half(
-            directory, read_model_spec(directory), ffn_shard(config, index), device=device, dtype=dtype, gate_on=config.gate_on
+            directory,
+            read_model_spec(directory),
+            ffn_shard(config, index),
+            device=device,
+            dtype=dtype,
+            gate_on=config.gate_on,
         )
-        self.info = FFNInfo(self.name, os.getpid(), device.type, half.weight_bytes())
+        self.info = WorkerInfo(self.name, os.getpid(), device.type, half.weight_bytes())
         self._worker = FFNWorker(self.name, half, listener)
         self._thread = threading.Thread(target=self._worker.serve, name=self.name, daemon=True)
         self._thread.start()
@@ -129,8 +133,12 @@ class AttentionReplica:
             chooser.observe(timing)
         scheduler = Scheduler(config, num_blocks=num_blocks, eos_token_ids=spec.eos_token_ids)
         self.loop = EngineLoop(Engine(worker, scheduler, chooser), on_update)
-        self.info = ReplicaInfo(
-            self.name, os.getpid(), device.type, num_blocks * config.block_size, half.weight_bytes()
+        self.info = WorkerInfo(
+            self.name,
+            os.getpid(),
+            device.type,
+            half.weight_bytes(),
+            kv_cache_tokens=num_blocks * config.block_size,
         )
         logger.info("%s: %.1f MB of weights and %d KV tokens on %s in %.1f s", self.name, self.info.weight_bytes / 1e6,
                     self.info.kv_cache_tokens, device.type, time.perf_counter() - started)  # fmt: skip

@@ -56,7 +56,9 @@ class FFNWorker:
         started = time.perf_counter()
         try:
             self._compute(batch)
-        except Exception as error:  # the worker must outlive any call: the callers are told, and the log has the rest
+        except (
+            Exception
+        ) as error:  # the worker must outlive any call: the callers are told, and the log has the rest
             logger.exception("%s: layer %d failed", self.name, batch[0].call.layer)
             for incoming in batch:
                 self._reply(incoming.fail, f"{type(error).__name__}: {error}")

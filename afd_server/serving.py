@@ -1,0 +1,162 @@
+"""`afd serve`: from a configuration to a running server, and down again.
+
+The order matters. What can be refused without a worker (model, flags, a taken port) is refused first, in one line. Then
+the front-end opens, answering 503 on /health, while the workers load. A worker that cannot start ends it all with the
+first cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from socket import socket
+from typing import Protocol
+
+from afd_server.api.server import bind_port
+from afd_server.checkpoints.default_model import afd_home, default_model, default_moe
+from afd_server.checkpoints.locate import locate_model
+from afd_server.cluster.layout import resolve
+from afd_server.cluster.workers import Started, WorkerInfo
+from afd_server.config import ServeConfig
+from afd_server.errors import UnavailableError
+from afd_server.models.spec import read_model_spec
+from afd_server.router.replica_client import ReplicaClient
+from afd_server.router.router import Router
+from afd_server.telemetry.logs import configure_logging
+from afd_server.text.tokenizer import Tokenizer
+from afd_server.types import GenerationRequest, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+# Models that this server makes itself, on first use.
+MADE_HERE: dict[str, Callable[[Path], Path]] = {"default": default_model, "default-moe": default_moe}
+
+
+class Workers(Protocol):
+    """The workers of a server, wherever they run: llm.LocalWorkers or cluster.ray_cluster.RayCluster."""
+
+    def start(self) -> Started: ...
+    async def connect(self) -> Sequence[ReplicaClient]: ...
+    async def supervise(self, router: Router) -> None: ...
+    def health(self) -> list[str]: ...
+    def stop(self) -> None: ...
+
+
+class Service:
+    """What the front-end sees: requests and health, also while there is no worker yet."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._router: Router | None = None
+
+    def open(self, router: Router) -> None:
+        """Every worker is ready: requests go to `router` from now on."""
+        self._router = router
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+        """See Router.generate. Raises UnavailableError until the workers are ready."""
+        if self._router is None:
+            raise UnavailableError("the workers are still starting")
+        async with aclosing(self._router.generate(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    def health(self) -> list[str]:
+        if self._router is None:
+            return ["the workers are still starting"]
+        return [*self._workers.health(), *self._router.health()]
+
+
+def run_server(config: ServeConfig) -> int:
+    """Serves until SIGTERM or SIGINT; gives the exit code. Raises StartError if it cannot start."""
+    configure_logging("server")
+    name = config.model or "default"
+    directory = MADE_HERE[name](afd_home()) if name in MADE_HERE else locate_model(name)
+    spec = read_model_spec(directory)
+    config = resolve(config, spec, directory)
+    tokenizer = Tokenizer.load(directory)
+    listening = bind_port(config.host, config.port)
+    workers = _workers(config)
+    try:
+        asyncio.run(_serve(config, spec, tokenizer, workers, listening))
+    finally:
+        listening.close()
+        workers.stop()
+    return 0
+
+
+def _workers(config: ServeConfig) -> Workers:
+    if config.executor == "local":
+        from afd_server.llm import LocalWorkers
+
+        return LocalWorkers(config)
+    from afd_server.cluster.ray_cluster import RayCluster
+
+    return RayCluster(config)
+
+
+async def _serve(
+    config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer, workers: Workers, listening: socket
+) -> None:
+    service = Service(workers)
+    metrics = Metrics(config.served_model_name)
+    app = create_app(_api_settings(config, spec), service, tokenizer, metrics)
+    host, port = listening.getsockname()[:2]
+    front_end = asyncio.create_task(serve(app, host, port, config.shutdown_timeout, sockets=[listening]))
+    machine = asyncio.create_task(_run_workers(config, spec, workers, service, metrics, f"http://{host}:{port}"))
+    try:
+        # The front-end ends by a signal, the machine only by an error.
+        await asyncio.wait((front_end, machine), return_when=asyncio.FIRST_COMPLETED)
+        if not front_end.done():
+            machine.result()  # raises what ended it
+    finally:
+        for task in (machine, front_end):
+            task.cancel()
+        await asyncio.gather(machine, front_end, return_exceptions=True)
+
+
+async def _run_workers(
+    config: ServeConfig, spec: ModelSpec, workers: Workers, service: Service, metrics: Metrics, url: str
+) -> None:
+    """Starts the workers, opens the service, and watches over them until cancelled."""
+    began = time.monotonic()
+    logger.info("starting %d attention and %d FFN workers (%s)", config.attention_workers, config.ffn_workers, config.executor)
+    started = await asyncio.to_thread(workers.start)
+    async with Router(await workers.connect(), metrics.observe_step) as router:
+        service.open(router)
+        print(_ready_lines(config, spec, started, url, time.monotonic() - began), flush=True)
+        await workers.supervise(router)
+
+
+def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: str, seconds: float) -> str:
+    """What a person wants to know of a server that has just become ready."""
+    ep, tp = config.ffn_shards
+    body = f'{{"model": "{config.served_model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    key = " -H 'Authorization: Bearer $API_KEY'" if config.api_key else ""
+    attention, ffn = started.attention, started.ffn
+    lines = {
+        "url": url,
+        "model": f"{config.served_model_name} ({spec.architecture}, {spec.num_layers} layers, {config.dtype})",
+        "attention": f"{_count(attention, 'worker')} on {attention[0].device}, {_megabytes(attention)} of weights each",
+        "FFN": f"{_count(ffn, 'worker')} on {ffn[0].device}, {_megabytes(ffn)} of weights each "
+        f"({config.ffn_replicas} x {ep} expert shards x {tp} tensor shards)",
+        "transport": f"{', '.join(started.transports)}, {config.wire_dtype} on the wire, router on {config.gate_on}",
+        "pipeline": f"micro-batches {config.micro_batches}",
+        "KV cache": f"{attention[0].kv_cache_tokens:,} tokens per attention worker, {config.max_model_len:,} per request",
+        "try": f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+    }
+    width = max(map(len, lines))
+    return "\n".join(
+        [f"afd-server {__version__} is ready after {seconds:.1f} s", *(f"  {k:<{width}}  {v}" for k, v in lines.items())]
+    )
+
+
+def _count(workers: Sequence[WorkerInfo], noun: str) -> str:
+    return f"{len(workers)} {noun}{'s' if len(workers) > 1 else ''}"
+
+
+def _megabytes(workers: Sequence[WorkerInfo]) -> str:
+    return f"{max(worker.weight_bytes for worker in workers) / 1e6:.0f} MB"

@@ -1,0 +1,230 @@
+"""The FFN side as attention sees it: dividing, summing, and getting an answer although a worker dies.
+
+The workers are real FFNWorker threads behind in-process listeners. Their arithmetic is a formula that names the experts
+a shard owns, so that a row sent to the wrong shard, or to none, shows in the sum.
+"""
+
+import threading
+
+import pytest
+import torch
+
+from afd_server.attention.ffn_group import SPARSE_DISPATCH_FROM, FFNGroup, GroupLayout
+from afd_server.errors import WorkerDiedError, WorkerError, WorkerTimeoutError
+from afd_server.ffn.worker import FFNWorker
+from afd_server.models.ffn_call import FFNCall
+from afd_server.transport.base import LinkShape
+from afd_server.transport.inproc import InprocListener
+
+HIDDEN, EXPERTS, TOP_K, ROWS = 8, 16, 3, 12
+SHAPE = LinkShape(max_rows=64, hidden_size=HIDDEN, top_k=TOP_K, wire_dtype="float32")
+
+
+class ExpertRange:
+    """Expert e multiplies by e + 1; a dense layer multiplies by 1 / shards."""
+
+    def __init__(self, first, last, share):
+        self.first, self.last, self.share = first, last, share
+        self.rows_seen = []
+
+    def forward(self, call, out=None):
+        self.rows_seen.append(call.x.shape[0])
+        if call.topk_ids is None:
+            y = call.x * self.share
+        else:
+            mine = (call.topk_ids >= self.first) & (call.topk_ids < self.last)
+            y = call.x * (mine * call.topk_weights * (call.topk_ids + 1)).sum(1, keepdim=True) * self.share
+        return y if out is None else out.copy_(y)
+
+
+class Workers:
+    """`replicas` x `ep` x `tp` workers on threads."""
+
+    def __init__(self, replicas=1, ep=1, tp=1):
+        self.layout = GroupLayout(replicas, ep, tp, EXPERTS)
+        self.halves, self.listeners, self.workers, self.threads = [], [], [], []
+        for index in range(replicas * ep * tp):
+            rank = index // tp % ep
+            self.halves.append(ExpertRange(EXPERTS * rank // ep, EXPERTS * (rank + 1) // ep, 1 / tp))
+            self.listeners.append(None), self.workers.append(None), self.threads.append(None)
+            self.start(index)
+
+    def start(self, index):
+        self.listeners[index] = InprocListener(f"ffn-{index}")
+        self.workers[index] = FFNWorker(f"ffn-{index}", self.halves[index], self.listeners[index])
+        self.threads[index] = threading.Thread(target=self.workers[index].serve, daemon=True)
+        self.threads[index].start()
+
+    def stop(self, index):
+        self.workers[index].stop()
+        self.threads[index].join(10)
+
+    def connector(self, index):
+        listener = self.listeners[index]
+        return lambda timeout_s: listener.connect(SHAPE, 0)
+
+    def group(self, timeout_s=10.0):
+        connectors = [self.connector(index) for index in range(len(self.workers))]
+        group = FFNGroup(connectors, self.layout, replica=0, dtype=torch.float32, timeout_s=timeout_s)
+        group.begin_step(1)
+        return group
+
+
+@pytest.fixture
+def start_workers():
+    started = []
+
+    def start(**layout):
+        started.append(Workers(**layout))
+        return started[-1]
+
+    yield start
+    for workers in started:
+        for index in range(len(workers.workers)):
+            workers.stop(index)
+
+
+def moe_call(layer=0, rows=ROWS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(rows)]).to(torch.int32)
+    return FFNCall(layer, torch.randn(rows, HIDDEN, generator=generator), ids, torch.rand(rows, TOP_K, generator=generator))
+
+
+def expected(call):
+    return call.x * (call.topk_weights * (call.topk_ids + 1)).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("replicas", "ep", "tp"), [(1, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 1), (1, 4, 2), (1, 5, 1)])
+def test_sum_of_the_shards_is_the_whole(start_workers, replicas, ep, tp):
+    group = start_workers(replicas=replicas, ep=ep, tp=tp).group()
+    for seed in range(3):
+        call = moe_call(seed=seed)
+        group.send(0, call)
+        torch.testing.assert_close(group.receive(0), expected(call))
+    group.close()
+
+
+def test_a_dense_layer_goes_to_every_shard(start_workers):
+    group = start_workers(tp=3).group()
+    call = FFNCall(2, torch.randn(5, HIDDEN))
+    group.send(1, call)
+    torch.testing.assert_close(group.receive(1), call.x)
+    group.close()
+
+
+def test_micro_batches_are_kept_apart(start_workers):
+    group = start_workers(ep=2).group()
+    calls = [moe_call(seed=index, rows=index + 1) for index in range(4)]
+    for index, call in enumerate(calls):
+        group.send(index, call)
+    for index in (2, 0, 3, 1):
+        torch.testing.assert_close(group.receive(index), expected(calls[index]))
+    group.close()
+
+
+def test_many_shards_are_sent_only_the_rows_they_own_an_expert_of(start_workers):
+    workers = start_workers(ep=SPARSE_DISPATCH_FROM)
+    group = workers.group()
+    call = moe_call()
+    call.topk_ids[:] = torch.tensor([0, 1, 2], dtype=torch.int32)  # all in the first shard's range
+    call.topk_ids[3, 2] = EXPERTS - 1
+    group.send(0, call)
+    torch.testing.assert_close(group.receive(0), expected(call))
+    assert [half.rows_seen for half in workers.halves] == [[ROWS], [], [], [1]]
+    group.close()
+
+
+@pytest.mark.parametrize("moment", ["before the call", "under way"])
+def test_a_dead_workers_call_goes_to_another_replica_of_the_shard(start_workers, moment):
+    workers = start_workers(replicas=2, ep=2)
+    group = workers.group()
+    group.connect()
+    call = moe_call()
+    if moment == "before the call":
+        workers.stop(0)
+        group.send(0, call)
+    else:
+        workers.stop(0)  # nobody serves its queue; then it is gone for good
+        workers.listeners[0] = InprocListener("ffn-0")
+        group.replace(0, workers.connector(0))
+        group._drop(0)
+        group.send(0, call)
+        workers.listeners[0].close()
+    torch.testing.assert_close(group.receive(0), expected(call))
+    assert workers.halves[2].rows_seen == [ROWS]
+    assert group.unreachable() == [0]
+    group.close()
+
+
+def test_without_a_replica_the_call_waits_for_the_restarted_worker(start_workers):
+    workers = start_workers()
+    group = workers.group()
+    group.connect()
+    workers.stop(0)
+    call = moe_call()
+
+    def restart():
+        workers.start(0)
+        group.replace(0, workers.connector(0))
+
+    restarting = threading.Timer(0.1, restart)
+    restarting.start()
+    group.send(0, call)
+    torch.testing.assert_close(group.receive(0), expected(call))
+    group.close()
+
+
+def test_a_worker_that_stays_away_ends_in_an_error_with_worker_layer_and_step(start_workers):
+    workers = start_workers()
+    group = workers.group(timeout_s=0.2)
+    group.connect()
+    workers.stop(0)
+    with pytest.raises(WorkerTimeoutError, match=r"ffn-0, layer 3, step 1: .*0\.2 s"):
+        group.send(0, moe_call(layer=3))
+
+
+def test_a_worker_that_hangs_ends_in_an_error_and_the_next_step_starts_afresh(start_workers):
+    workers = start_workers()
+    group = workers.group(timeout_s=0.2)
+    release = threading.Event()
+    half, healthy = workers.halves[0], workers.halves[0].forward
+    half.forward = lambda call, out=None: release.wait(10) and healthy(call, out)
+    group.send(0, moe_call())
+    with pytest.raises(WorkerTimeoutError, match="ffn-0"):
+        group.receive(0)
+    half.forward = healthy
+    release.set()
+    group.begin_step(2)
+    call = moe_call(seed=4)
+    group.send(0, call)
+    torch.testing.assert_close(group.receive(0), expected(call))
+    group.close()
+
+
+def test_an_exception_in_the_expert_code_is_told_and_the_worker_lives(start_workers):
+    workers = start_workers()
+    group = workers.group()
+    half, healthy = workers.halves[0], workers.halves[0].forward
+
+    def broken(call, out=None):
+        raise ValueError("expert 3 is broken")
+
+    half.forward = broken
+    group.send(0, moe_call())
+    with pytest.raises(WorkerError, match="ValueError: expert 3 is broken"):
+        group.receive(0)
+    half.forward = healthy
+    group.begin_step(2)
+    call = moe_call()
+    group.send(0, call)
+    torch.testing.assert_close(group.receive(0), expected(call))
+    group.close()
+
+
+def test_nobody_there_at_start_is_an_error():
+    def refuse(timeout_s):
+        raise WorkerDiedError("ffn-0", "cannot be reached: connection refused")
+
+    group = FFNGroup([refuse], GroupLayout(1, 1, 1, 0), replica=0, dtype=torch.float32, timeout_s=0.1)
+    with pytest.raises(WorkerDiedError, match="refused"):
+        group.connect()

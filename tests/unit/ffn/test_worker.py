@@ -1,0 +1,70 @@
+"""The FFN worker's loop: what waits together for a layer is one batch, and every caller gets its own rows."""
+
+import threading
+
+import torch
+
+from afd_server.ffn.worker import FFNWorker, merge, next_batch
+from afd_server.models.ffn_call import FFNCall
+from afd_server.transport.base import CallTag, LinkShape
+from afd_server.transport.inproc import InprocListener
+
+HIDDEN = 4
+SHAPE = LinkShape(max_rows=8, hidden_size=HIDDEN, top_k=2, wire_dtype="float32")
+
+
+class LayerTimesX:
+    """layer * x, noting the rows of each batch."""
+
+    def __init__(self):
+        self.batches = []
+
+    def forward(self, call, out=None):
+        self.batches.append((call.layer, call.x.shape[0]))
+        y = call.x * call.layer
+        return y if out is None else out.copy_(y)
+
+
+def routed_call(layer, rows, value):
+    ids = torch.full((rows, 2), value, dtype=torch.int32)
+    return FFNCall(layer, torch.full((rows, HIDDEN), float(value)), ids, torch.rand(rows, 2))
+
+
+def test_calls_that_wait_together_for_a_layer_are_one_batch():
+    listener, half = InprocListener("ffn-0"), LayerTimesX()
+    links = [listener.connect(SHAPE, replica) for replica in range(3)]
+    layers = [5, 7, 5]
+    for replica, (link, layer) in enumerate(zip(links, layers, strict=True)):
+        link.send(CallTag(replica, 1, layer, 0), routed_call(layer, rows=replica + 1, value=replica + 1))
+    worker = FFNWorker("ffn-0", half, listener)  # all three wait before it starts
+    thread = threading.Thread(target=worker.serve, daemon=True)
+    thread.start()
+    answers = [link.receive(CallTag(r, 1, layers[r], 0), 10.0) for r, link in enumerate(links)]
+    worker.stop()
+    thread.join(10)
+    assert half.batches == [(5, 4), (7, 2)]
+    assert [answer.batch_rows for answer in answers] == [4, 2, 4]
+    for replica, answer in enumerate(answers):
+        expected = torch.full((replica + 1, HIDDEN), float(layers[replica] * (replica + 1)))
+        assert torch.equal(answer.y, expected)
+
+
+def test_next_batch_takes_the_oldest_layer_and_leaves_the_rest_in_order():
+    class Waiting:
+        def __init__(self, layer):
+            self.call = FFNCall(layer, torch.zeros(1, HIDDEN))
+
+    waiting = [Waiting(layer) for layer in (2, 1, 2, 3)]
+    batch, rest = next_batch(waiting)
+    assert batch == [waiting[0], waiting[2]]
+    assert rest == [waiting[1], waiting[3]]
+
+
+def test_merge_keeps_rows_in_order_and_dense_calls_dense():
+    merged = merge([routed_call(1, 2, 1), routed_call(1, 1, 2)])
+    assert merged.x[:, 0].tolist() == [1, 1, 2]
+    assert merged.topk_ids[:, 0].tolist() == [1, 1, 2]
+    assert merged.topk_weights.shape == (3, 2)
+    dense = merge([FFNCall(0, torch.zeros(1, 4)), FFNCall(0, torch.zeros(2, 4))])
+    assert dense.topk_ids is None
+    assert dense.topk_weights is None
