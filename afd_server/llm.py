@@ -31,7 +31,7 @@ from afd_server.transport.base import Listener
 from afd_server.transport.connect import connect
 from afd_server.transport.inproc import InprocListener
 from afd_server.transport.listener import SocketListener
-from afd_server.types import GenerationRequest, SamplingParams
+from afd_server.types import GenerationRequest, RequestOutput, SamplingParams
 
 
 class LocalWorkers:
@@ -117,6 +117,13 @@ class LLM:
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
     ) -> list[list[int]]:
         """The output token ids of each prompt of token ids. Raises RuntimeError if a request ends in an error."""
+        results = self.run(prompts, sampling)
+        return [[token_id for output in outputs for token_id in output.token_ids] for outputs in results]
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    ) -> list[list[RequestOutput]]:
+        """All that each request gave, step by step. Raises RuntimeError if one ends in an error."""
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         requests = [
             GenerationRequest(secrets.token_hex(8), tuple(prompt), each)
@@ -124,18 +131,15 @@ class LLM:
         ]
         return asyncio.run(self._run(requests))
 
-    async def _run(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
-        router = Router(self.workers.clients)
+    async def _run(self, requests: Sequence[GenerationRequest]) -> list[list[RequestOutput]]:
+        async with Router(self.workers.clients) as router:
 
-        async def collect(request: GenerationRequest) -> list[int]:
-            token_ids: list[int] = []
-            async for output in router.generate(request):
-                token_ids += output.token_ids
-                if output.error:
-                    raise RuntimeError(output.error)
-            return token_ids
+            async def collect(request: GenerationRequest) -> list[RequestOutput]:
+                outputs = [output async for output in router.generate(request)]
+                if outputs[-1].error:
+                    raise RuntimeError(outputs[-1].error)
+                return outputs
 
-        async with router:
             return list(await asyncio.gather(*map(collect, requests)))
 
     def __enter__(self) -> Self:

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from socket import socket
 from typing import Protocol
 
-from afd_server.api.server import bind_port
+from afd_server import __version__
+from afd_server.api.app import ApiSettings, create_app
+from afd_server.api.server import bind_port, serve
 from afd_server.checkpoints.default_model import afd_home, default_model, default_moe
 from afd_server.checkpoints.locate import locate_model
 from afd_server.cluster.layout import resolve
 from afd_server.cluster.workers import Started, WorkerInfo
 from afd_server.config import ServeConfig
 from afd_server.errors import UnavailableError
-from afd_server.models.spec import read_model_spec
+from afd_server.models.spec import ModelSpec, read_model_spec
 from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.router import Router
 from afd_server.telemetry.logs import configure_logging
+from afd_server.telemetry.metrics import Metrics
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.types import GenerationRequest, RequestOutput
 

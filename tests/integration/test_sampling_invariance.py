@@ -1,0 +1,77 @@
+"""A request's tokens are its own: they do not depend on its company, on the workers, or on how a step is cut."""
+
+import pytest
+import torch
+
+from afd_server.config import ServeConfig
+from afd_server.llm import LLM
+from afd_server.types import SamplingParams
+from tests.checkpoints import write_checkpoint, write_tokenizer
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = write_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral") / "model")
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def requests():
+    generator = torch.Generator().manual_seed(9)
+    prompts = [torch.randint(0, 250, (length,), generator=generator).tolist() for length in (3, 17, 30, 8)]
+    sampling = [
+        SamplingParams(max_tokens=12, seed=11, temperature=0.8, ignore_eos=True),
+        SamplingParams(max_tokens=12, seed=12, temperature=1.3, top_p=0.8, frequency_penalty=0.7, ignore_eos=True),
+        SamplingParams(max_tokens=12, temperature=0.0, repetition_penalty=1.4, ignore_eos=True),
+        SamplingParams(max_tokens=12, seed=13, top_k=20, min_p=0.01, presence_penalty=0.5, ignore_eos=True),
+    ]
+    return prompts, sampling
+
+
+def run(directory, prompts, sampling, **settings):
+    config = ServeConfig(model=str(directory), executor="local", device="cpu", max_model_len=64, **settings)
+    with LLM(config) as llm:
+        return llm.generate_token_ids(prompts, sampling)
+
+
+@pytest.fixture(scope="module")
+def alone(directory, requests):
+    return [run(directory, [prompt], [params])[0] for prompt, params in zip(*requests, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"attention_workers": 2, "ffn_workers": 2},
+        {"micro_batches": "3", "ffn_workers": 4},
+        {"max_num_batched_tokens": 7, "block_size": 4},
+        {"enable_prefix_caching": False},
+        {"transport": "tcp"},
+        {"max_num_seqs": 2},
+    ],
+    ids=str,
+)
+def test_tokens_do_not_depend_on_company_or_layout(directory, requests, alone, settings):
+    assert run(directory, *requests, **settings) == alone
+
+
+def test_the_same_prompt_again_finds_its_blocks_and_gives_the_same(directory, requests):
+    prompts, sampling = requests
+    config = ServeConfig(model=str(directory), executor="local", device="cpu", max_model_len=64, block_size=4)
+    with LLM(config) as llm:
+        first = llm.run([prompts[2]], [sampling[2]])[0]
+        second = llm.run([prompts[2]], [sampling[2]])[0]
+    assert first[0].cached_tokens == 0
+    assert second[0].cached_tokens == 28  # 7 of the 8 blocks: at least one prompt token is computed
+    assert [output.token_ids for output in first] == [output.token_ids for output in second]
+
+
+def test_different_seeds_differ(directory, requests):
+    prompt = requests[0][0]
+    sampling = [SamplingParams(max_tokens=12, seed=seed, temperature=1.0, ignore_eos=True) for seed in range(4)]
+    outputs = run(directory, [prompt] * 4, sampling)
+    assert len({tuple(tokens) for tokens in outputs}) == 4

@@ -1,0 +1,129 @@
+"""Split = whole = transformers: whatever the family, the layout of the workers, the transport and the micro-batches.
+
+Requests run together through the whole machine (router, scheduler, pipeline, transport, FFN workers) on threads, and
+every log-probability it reports is compared with transformers' own forward pass over the same tokens.
+"""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from afd_server.config import ServeConfig
+from afd_server.llm import LLM
+from afd_server.types import SamplingParams
+from tests.checkpoints import write_checkpoint, write_tokenizer
+
+pytestmark = pytest.mark.integration
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3")
+LENGTHS = (1, 5, 19, 40)
+NUM_TOKENS = 8
+
+LAYOUTS = {
+    "1A1F": {},
+    "1A2F ep": {"ffn_workers": 2},
+    "1A4F ep": {"ffn_workers": 4},
+    "1A2F tp": {"ffn_workers": 2, "ffn_parallel": "tp"},
+    "1A4F 2x2": {"ffn_workers": 4, "ffn_parallel": "2x2"},
+    "2A1F": {"attention_workers": 2},
+    "2A2F ep": {"attention_workers": 2, "ffn_workers": 2},
+    "1A4F 2 replicas": {"ffn_workers": 4, "ffn_replicas": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Family -> directory, written on first use."""
+    written = {}
+
+    def get(family):
+        if family not in written:
+            written[family] = write_checkpoint(family, tmp_path_factory.mktemp(family) / "model")
+            write_tokenizer(written[family])
+        return written[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 250, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def run(directory, prompts, **layout):
+    """Runs the prompts at once in small steps, so that they are cut, mixed, and preempted if blocks run out."""
+    settings = {"max_num_batched_tokens": 24, "block_size": 4, "max_model_len": 64, "seed": 1, **layout}
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, logprobs=3, ignore_eos=True)
+    config = ServeConfig(model=str(directory), executor="local", device="cpu", **settings)
+    with LLM(config) as llm:
+        return llm.run(prompts, sampling)
+
+
+def assert_same_as_transformers(directory, prompts, results, tolerance=2e-4):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for prompt, outputs in zip(prompts, results, strict=True):
+        tokens = [token_id for output in outputs for token_id in output.token_ids]
+        reported = [entry for output in outputs for entry in output.logprobs]
+        assert len(tokens) == len(reported) == NUM_TOKENS
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        expected = logits.log_softmax(-1)
+        for position, (token_id, entry) in enumerate(zip(tokens, reported, strict=True)):
+            assert entry.logprob == pytest.approx(float(expected[position, token_id]), abs=tolerance)
+            assert entry.logprob == pytest.approx(float(expected[position].max()), abs=tolerance)
+            for other_id, logprob in entry.top:
+                assert logprob == pytest.approx(float(expected[position, other_id]), abs=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_as_it_is_served(checkpoints, prompts, family):
+    directory = checkpoints(family)
+    assert_same_as_transformers(directory, prompts, run(directory, prompts))
+
+
+@pytest.mark.parametrize("micro_batches", ["1", "2", "3", "auto"])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "tcp"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mixture_of_experts_in_every_layout(checkpoints, prompts, layout, transport, micro_batches):
+    directory = checkpoints("mixtral")
+    results = run(directory, prompts, transport=transport, micro_batches=micro_batches, **LAYOUTS[layout])
+    assert_same_as_transformers(directory, prompts, results)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_dense_and_shared_parts_in_every_layout(checkpoints, prompts, family, layout):
+    directory = checkpoints(family)
+    results = run(directory, prompts, transport="shm", micro_batches="2", **LAYOUTS[layout])
+    assert_same_as_transformers(directory, prompts, results)
+
+
+@pytest.mark.parametrize("layout", ["1A1F", "1A4F ep", "1A4F 2x2"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_with_the_router_on_the_ffn_side(checkpoints, prompts, family, layout):
+    directory = checkpoints(family)
+    results = run(directory, prompts, gate_on="ffn", **LAYOUTS[layout])
+    assert_same_as_transformers(directory, prompts, results)
+
+
+@pytest.mark.parametrize("wire_dtype", ["bfloat16", "fp8"])
+def test_a_narrower_wire_is_close(checkpoints, prompts, wire_dtype):
+    directory = checkpoints("mixtral")
+    results = run(directory, prompts, transport="shm", wire_dtype=wire_dtype)
+    assert_same_as_transformers(directory, prompts, results, tolerance=0.3)
+
+
+def test_requests_that_do_not_fit_together_are_preempted_and_come_out_the_same(checkpoints, prompts):
+    directory = checkpoints("llama")
+    # Blocks for 68 tokens; the four requests need 97 in the end.
+    entry_bytes = 68 * _bytes_per_token(directory)
+    results = run(directory, prompts, kv_cache_memory_bytes=entry_bytes)
+    assert_same_as_transformers(directory, prompts, results)
+
+
+def _bytes_per_token(directory):
+    from afd_server.models.spec import read_model_spec
+
+    spec = read_model_spec(directory)
+    return 4 * spec.num_layers * int(torch.tensor(spec.attention.cache_entry_shape).prod())

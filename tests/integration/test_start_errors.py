@@ -1,0 +1,77 @@
+"""What a person sees who starts the server with a mistake: one line that names the flag and the remedy, exit code 2."""
+
+import json
+import socket
+
+import pytest
+
+from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.server_process import afd
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = write_checkpoint("llama", tmp_path_factory.mktemp("models") / "llama")
+    write_tokenizer(directory)
+    return directory
+
+
+def assert_one_line(result, *words):
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if " INFO " not in line]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    for word in words:
+        assert word in lines[0]
+
+
+def test_a_mistyped_flag(model):
+    assert_one_line(afd("serve", model, "--max-model-length", "64"), "--max-model-length", "--max-model-len?")
+
+
+def test_a_mistyped_key_of_the_configuration_file(model, tmp_path):
+    file = tmp_path / "afd.yaml"
+    file.write_text("ffn_worker: 2\n")
+    assert_one_line(afd("serve", model, "--config", file), str(file), "ffn_worker", "'ffn_workers'?")
+
+
+def test_a_missing_model(tmp_path):
+    assert_one_line(afd("serve", tmp_path / "nowhere"), "nowhere")
+
+
+def test_a_missing_file(model, tmp_path):
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    assert_one_line(afd("serve", tmp_path), "tokenizer.json")
+
+
+def test_an_unknown_architecture(model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    config["architectures"] = ["MambaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_one_line(afd("serve", tmp_path), "MambaForCausalLM", "LlamaForCausalLM")
+
+
+def test_a_taken_port(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_one_line(afd("serve", model, "--port", port), "--port", str(port))
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_too_little_memory_for_one_full_length_request(model, executor):
+    result = afd("serve", model, "--port", 0, "--kv-cache-memory-bytes", 1024, "--executor", executor)
+    assert_one_line(result, "--kv-cache-memory-bytes", "--max-model-len")
+
+
+def test_a_layout_that_does_not_fit(model):
+    assert_one_line(afd("serve", model, "--ffn-workers", 3, "--ffn-parallel", "2x2"), "--ffn-parallel", "2x2")
+
+
+def test_version_and_help():
+    assert afd("--version").stdout.startswith("afd-server ")
+    shown = afd("serve", "--help").stdout
+    for room in ("engine", "kvcache", "cluster", "pipeline"):
+        assert f"\n{room}:" in shown
+    assert "--max-num-batched-tokens" in shown

@@ -1,0 +1,96 @@
+"""A real server for tests: `python -m afd_server serve` as a child process, on a free port, asked over HTTP."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 60.0
+
+
+def afd(*arguments, timeout_s=120.0):
+    """One run of the command line to its end."""
+    command = [sys.executable, "-m", "afd_server", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+class Server:
+    """`with Server(directory, "--ffn-workers", 2) as server:` waits until it is ready, and ends it by SIGTERM."""
+
+    def __init__(self, model, *flags):
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="afd-server-", suffix=".log")  # noqa: SIM115
+        command = [sys.executable, "-u", "-m", "afd_server", "serve", str(model), "--port", "0", *map(str, flags)]
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.url = ""
+
+    def __enter__(self):
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            found = re.search(r"is ready after.*?(http://\S+)", self.log(), re.S)
+            if found:
+                self.url = found[1]
+                return self
+            time.sleep(0.05)
+        self._end()
+        raise AssertionError(f"the server did not become ready:\n{self.log()}")
+
+    def log(self):
+        return Path(self._log.name).read_text(encoding="utf-8", errors="replace")
+
+    def stop(self):
+        """SIGTERM, as a container's end sends it; gives the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_TIMEOUT_S)
+
+    def __exit__(self, *_):
+        self._end()
+
+    def _end(self):
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                raise
+
+    # --- what tests ask of it --------------------------------------------------------------------------------------
+
+    def complete(self, prompt, **fields):
+        """The first choice of a completion, and the usage."""
+        response = self.post("/v1/completions", prompt=prompt, **fields)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]
+
+    def post(self, path, **body):
+        model = httpx.get(f"{self.url}/v1/models", timeout=30).json()["data"][0]["id"]
+        return httpx.post(f"{self.url}{path}", json={"model": model, **body}, timeout=120)
+
+    def metric(self, name, **labels):
+        """Sum of the samples of a metric whose labels include the given ones."""
+        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        samples = re.findall(rf"^{re.escape(name)}(?:\{{([^}}]*)\}})? (\S+)$", text, re.M)
+        assert samples, f"there is no metric {name}"
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        return sum(float(value) for given, value in samples if all(pair in given for pair in wanted))
+
+    def pids(self, role):
+        """Process ids of the Ray actors of a role ("Attention" or "FFN") below this server."""
+        import psutil
+
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        found = []
+        for process in family:
+            try:
+                if f"{role}Actor" in " ".join(process.cmdline()):
+                    found.append(process.pid)
+            except psutil.Error:
+                continue
+        return found
