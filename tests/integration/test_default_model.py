@@ -1,0 +1,187 @@
+"""The default model behind real Ray actors, through the openai client: what `make serve` gives a user."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from afd_server.checkpoints.default_model import afd_home, default_model
+from tests.server_process import Server
+
+pytestmark = pytest.mark.integration
+
+QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
+
+
+@pytest.fixture(scope="module")
+def directory():
+    return default_model(afd_home())
+
+
+@pytest.fixture(scope="module")
+def server(directory):
+    with Server(directory, "--served-model-name", "smol", "--max-model-len", 2048) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=120, max_retries=0)
+
+
+def wait_until(condition, timeout_s=30.0):
+    """Asks until `condition()` holds; the test fails at the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the awaited state did not come"
+        time.sleep(0.02)
+
+
+def test_chat_answers_in_english(client):
+    answer = client.chat.completions.create(model="smol", messages=QUESTION, temperature=0, max_tokens=40)
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_streamed_chat_is_the_same_text_in_pieces(client):
+    whole = client.chat.completions.create(model="smol", messages=QUESTION, temperature=0, max_tokens=40)
+    stream = client.chat.completions.create(
+        model="smol", messages=QUESTION, temperature=0, max_tokens=40, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    chunks = list(stream)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert len([piece for piece in pieces if piece]) > 3
+    assert chunks[-1].usage == whole.usage.model_copy(update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details})
+
+
+def test_completion_equals_transformers_token_for_token(client, directory):
+    prompts = ["The three primary colours are", "def fibonacci(n):", "Once upon a time, in a small village,"]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        answer = client.completions.create(
+            model="smol", prompt=prompt, temperature=0, max_tokens=24, extra_body={"return_token_ids": True}
+        )
+        assert answer.choices[0].token_ids == expected.tolist()
+        assert answer.choices[0].text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_prompts_as_token_ids_and_as_lists(client):
+    batch = client.completions.create(model="smol", prompt=["One, two,", "A, B,"], temperature=0, max_tokens=6)
+    assert [choice.index for choice in batch.choices] == [0, 1]
+    single = client.completions.create(model="smol", prompt="A, B,", temperature=0, max_tokens=6)
+    assert batch.choices[1].text == single.choices[0].text
+
+
+def test_n_choices_and_a_seed(client):
+    def ask():
+        answer = client.completions.create(model="smol", prompt="My favourite animal is", n=3, seed=5, max_tokens=12)
+        return [choice.text for choice in answer.choices]
+
+    first = ask()
+    assert len(set(first)) > 1
+    assert ask() == first
+
+
+def test_32_concurrent_streams_finish(server):
+    async def one(client, number):
+        stream = await client.completions.create(
+            model="smol", prompt=f"Story number {number}:", max_tokens=24, stream=True, seed=number,
+            extra_body={"ignore_eos": True}, stream_options={"include_usage": True},
+        )  # fmt: skip
+        chunks = [chunk async for chunk in stream]
+        assert chunks[-2].choices[0].finish_reason == "length"
+        return chunks[-1].usage.completion_tokens
+
+    async def all_of_them():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=300) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(32)))
+
+    assert asyncio.run(all_of_them()) == [24] * 32
+
+
+def test_a_client_that_leaves_frees_its_blocks(server):
+    body = {"model": "smol", "prompt": "Numbers:", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+        wait_until(lambda: server.metric("afd:num_requests_running") == 1)
+    wait_until(lambda: server.metric("afd:num_requests_running") == 0)
+    # Only the blocks that the prefix cache may keep are left, and those count as free.
+    wait_until(lambda: server.metric("afd:kv_cache_usage_perc") == 0)
+
+
+def test_errors_name_the_field(server):
+    cases = [
+        ({"prompt": "x", "temperature": -1}, 400, "temperature"),
+        ({"prompt": "x", "max_tokenss": 3}, 400, "max_tokenss"),
+        ({"prompt": "x", "model": "gpt-4"}, 404, "model"),
+        ({"prompt": "x " * 5000}, 400, "prompt"),
+        ({}, 400, "prompt"),
+    ]
+    for body, status, field in cases:
+        response = server.post("/v1/completions", **body)
+        assert response.status_code in (status, 422) if status == 400 else response.status_code == status, body
+        error = response.json()["error"]
+        assert field in (error["param"] or "") or field in error["message"]
+
+
+def test_the_metrics_tell_of_both_sides(server, client):
+    client.completions.create(model="smol", prompt="Hello", max_tokens=4)
+    for name in ("time_to_first_token_seconds_count", "e2e_request_latency_seconds_count", "generation_tokens_total",
+                 "prompt_tokens_total", "request_success_total"):  # fmt: skip
+        assert server.metric(f"afd:{name}") > 0
+
+
+def test_each_side_holds_only_its_own(server, directory):
+    """Resident memory tells: attention weights + KV cache on one side, MLP weights on the other."""
+    (attention,), (ffn,) = server.pids("Attention"), server.pids("FFN")
+    assert attention != ffn
+    log = server.log()
+    config = json.loads((directory / "config.json").read_text())
+    mlp_bytes = 4 * config["num_hidden_layers"] * 3 * config["hidden_size"] * config["intermediate_size"]
+    assert f"FFN        1 worker on cpu, {mlp_bytes / 1e6:.0f} MB of weights" in log
+    assert psutil.pid_exists(attention)
+
+
+def test_a_killed_ffn_worker_comes_back_and_the_stream_goes_on(server, client):
+    prompt = "The history of the railway begins"
+    ask = {"model": "smol", "prompt": prompt, "temperature": 0, "max_tokens": 150, "extra_body": {"ignore_eos": True}}
+    undisturbed = client.completions.create(**ask).choices[0].text
+    (pid,) = server.pids("FFN")
+    text = ""
+    for number, chunk in enumerate(client.completions.create(**ask, stream=True)):
+        text += chunk.choices[0].text
+        if number == 10:
+            os.kill(pid, signal.SIGKILL)
+    assert text == undisturbed
+    (new_pid,) = server.pids("FFN")
+    assert new_pid != pid
+    wait_until(lambda: httpx.get(f"{server.url}/health", timeout=30).status_code == 200)
+
+
+def test_sigterm_lets_the_running_request_finish_and_exits_with_0(directory):
+    """Last in this file: its own server, so that the shared one keeps running."""
+    with Server(directory, "--max-model-len", 512, "--executor", "local", "--served-model-name", "smol") as server:
+        body = {"model": "smol", "prompt": "Numbers:", "max_tokens": 40, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line]
+        assert events[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in events[-2].replace(" ", "")
+        assert server.process.wait(60) == 0
+        assert "Traceback" not in server.log()

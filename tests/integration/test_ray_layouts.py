@@ -1,0 +1,52 @@
+"""Several Ray actors, several layouts: the same tokens as one process gives, over shared memory and over TCP."""
+
+import pytest
+import torch
+
+from afd_server.config import ServeConfig
+from afd_server.llm import LLM
+from afd_server.types import SamplingParams
+from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.server_process import Server
+
+pytestmark = pytest.mark.integration
+
+LAYOUTS = {
+    "1A1F": ["--transport", "shm"],
+    "2A2F ep, tcp, 2 micro-batches": [
+        "--attention-workers", 2, "--ffn-workers", 2, "--transport", "tcp", "--micro-batches", 2],
+    "1A4F 2x2, 3 micro-batches": ["--ffn-workers", 4, "--ffn-parallel", "2x2", "--micro-batches", 3],
+    "2A1F, router on the FFN side": ["--attention-workers", 2, "--gate-on", "ffn", "--micro-batches", 1],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = write_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral") / "model")
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(21)
+    return [torch.randint(0, 250, (length,), generator=generator).tolist() for length in (4, 33, 12, 25)]
+
+
+@pytest.fixture(scope="module")
+def expected(directory, prompts):
+    config = ServeConfig(model=str(directory), executor="local", device="cpu", max_model_len=64)
+    with LLM(config) as llm:
+        return llm.generate_token_ids(prompts, SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_actors_give_the_tokens_of_one_process(directory, prompts, expected, layout):
+    with Server(directory, "--max-model-len", 64, "--device", "cpu", *LAYOUTS[layout]) as server:
+        response = server.post(
+            "/v1/completions", prompt=prompts, max_tokens=10, temperature=0, ignore_eos=True, return_token_ids=True
+        )
+        assert response.status_code == 200, response.text
+        assert [choice["token_ids"] for choice in response.json()["choices"]] == expected
+        assert server.stop() == 0
+        assert "Traceback" not in server.log()
