@@ -17,7 +17,7 @@ from socket import socket
 from typing import Protocol
 
 from afd_server import __version__
-from afd_server.api.app import ApiSettings, create_app
+from afd_server.api.app import create_app
 from afd_server.api.server import bind_port, serve
 from afd_server.checkpoints.default_model import afd_home, default_model, default_moe
 from afd_server.checkpoints.locate import locate_model
@@ -110,7 +110,9 @@ async def _serve(
     app = create_app(_api_settings(config, spec), service, tokenizer, metrics)
     host, port = listening.getsockname()[:2]
     front_end = asyncio.create_task(serve(app, host, port, config.shutdown_timeout, sockets=[listening]))
-    machine = asyncio.create_task(_run_workers(config, spec, workers, service, metrics, f"http://{host}:{port}"))
+    machine = asyncio.create_task(
+        _run_workers(config, spec, workers, service, metrics, f"http://{host}:{port}")
+    )
     try:
         # The front-end ends by a signal, the machine only by an error.
         await asyncio.wait((front_end, machine), return_when=asyncio.FIRST_COMPLETED)
@@ -127,7 +129,12 @@ async def _run_workers(
 ) -> None:
     """Starts the workers, opens the service, and watches over them until cancelled."""
     began = time.monotonic()
-    logger.info("starting %d attention and %d FFN workers (%s)", config.attention_workers, config.ffn_workers, config.executor)
+    logger.info(
+        "starting %d attention and %d FFN workers (%s)",
+        config.attention_workers,
+        config.ffn_workers,
+        config.executor,
+    )
     started = await asyncio.to_thread(workers.start)
     async with Router(await workers.connect(), metrics.observe_step) as router:
         service.open(router)
@@ -154,7 +161,10 @@ def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: st
     }
     width = max(map(len, lines))
     return "\n".join(
-        [f"afd-server {__version__} is ready after {seconds:.1f} s", *(f"  {k:<{width}}  {v}" for k, v in lines.items())]
+        [
+            f"afd-server {__version__} is ready after {seconds:.1f} s",
+            *(f"  {k:<{width}}  {v}" for k, v in lines.items()),
+        ]
     )
 
 

@@ -26,8 +26,20 @@ class Server:
 
     def __init__(self, model, *flags):
         self._log = tempfile.NamedTemporaryFile("w+", prefix="afd-server-", suffix=".log")  # noqa: SIM115
-        command = [sys.executable, "-u", "-m", "afd_server", "serve", str(model), "--port", "0", *map(str, flags)]
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "afd_server",
+            "serve",
+            str(model),
+            "--port",
+            "0",
+            *map(str, flags),
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         self.url = ""
 
     def __enter__(self):

@@ -62,7 +62,9 @@ def test_a_streamed_chat_is_the_same_text_in_pieces(client):
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == whole.choices[0].message.content
     assert len([piece for piece in pieces if piece]) > 3
-    assert chunks[-1].usage == whole.usage.model_copy(update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details})
+    assert chunks[-1].usage == whole.usage.model_copy(
+        update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
+    )
 
 
 def test_completion_equals_transformers_token_for_token(client, directory):
@@ -88,7 +90,9 @@ def test_prompts_as_token_ids_and_as_lists(client):
 
 def test_n_choices_and_a_seed(client):
     def ask():
-        answer = client.completions.create(model="smol", prompt="My favourite animal is", n=3, seed=5, max_tokens=12)
+        answer = client.completions.create(
+            model="smol", prompt="My favourite animal is", n=3, seed=5, max_tokens=12
+        )
         return [choice.text for choice in answer.choices]
 
     first = ask()
@@ -158,7 +162,13 @@ def test_each_side_holds_only_its_own(server, directory):
 
 def test_a_killed_ffn_worker_comes_back_and_the_stream_goes_on(server, client):
     prompt = "The history of the railway begins"
-    ask = {"model": "smol", "prompt": prompt, "temperature": 0, "max_tokens": 150, "extra_body": {"ignore_eos": True}}
+    ask = {
+        "model": "smol",
+        "prompt": prompt,
+        "temperature": 0,
+        "max_tokens": 150,
+        "extra_body": {"ignore_eos": True},
+    }
     undisturbed = client.completions.create(**ask).choices[0].text
     (pid,) = server.pids("FFN")
     text = ""
@@ -174,7 +184,9 @@ def test_a_killed_ffn_worker_comes_back_and_the_stream_goes_on(server, client):
 
 def test_sigterm_lets_the_running_request_finish_and_exits_with_0(directory):
     """Last in this file: its own server, so that the shared one keeps running."""
-    with Server(directory, "--max-model-len", 512, "--executor", "local", "--served-model-name", "smol") as server:
+    with Server(
+        directory, "--max-model-len", 512, "--executor", "local", "--served-model-name", "smol"
+    ) as server:
         body = {"model": "smol", "prompt": "Numbers:", "max_tokens": 40, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()

@@ -44,7 +44,12 @@ def expected(directory, prompts):
 def test_actors_give_the_tokens_of_one_process(directory, prompts, expected, layout):
     with Server(directory, "--max-model-len", 64, "--device", "cpu", *LAYOUTS[layout]) as server:
         response = server.post(
-            "/v1/completions", prompt=prompts, max_tokens=10, temperature=0, ignore_eos=True, return_token_ids=True
+            "/v1/completions",
+            prompt=prompts,
+            max_tokens=10,
+            temperature=0,
+            ignore_eos=True,
+            return_token_ids=True,
         )
         assert response.status_code == 200, response.text
         assert [choice["token_ids"] for choice in response.json()["choices"]] == expected

@@ -24,7 +24,9 @@ def requests():
     prompts = [torch.randint(0, 250, (length,), generator=generator).tolist() for length in (3, 17, 30, 8)]
     sampling = [
         SamplingParams(max_tokens=12, seed=11, temperature=0.8, ignore_eos=True),
-        SamplingParams(max_tokens=12, seed=12, temperature=1.3, top_p=0.8, frequency_penalty=0.7, ignore_eos=True),
+        SamplingParams(
+            max_tokens=12, seed=12, temperature=1.3, top_p=0.8, frequency_penalty=0.7, ignore_eos=True
+        ),
         SamplingParams(max_tokens=12, temperature=0.0, repetition_penalty=1.4, ignore_eos=True),
         SamplingParams(max_tokens=12, seed=13, top_k=20, min_p=0.01, presence_penalty=0.5, ignore_eos=True),
     ]

@@ -86,15 +86,21 @@ def start_workers():
 
 def moe_call(layer=0, rows=ROWS, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(rows)]).to(torch.int32)
-    return FFNCall(layer, torch.randn(rows, HIDDEN, generator=generator), ids, torch.rand(rows, TOP_K, generator=generator))
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(rows)]).to(
+        torch.int32
+    )
+    return FFNCall(
+        layer, torch.randn(rows, HIDDEN, generator=generator), ids, torch.rand(rows, TOP_K, generator=generator)
+    )
 
 
 def expected(call):
     return call.x * (call.topk_weights * (call.topk_ids + 1)).sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize(("replicas", "ep", "tp"), [(1, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 1), (1, 4, 2), (1, 5, 1)])
+@pytest.mark.parametrize(
+    ("replicas", "ep", "tp"), [(1, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 1), (1, 4, 2), (1, 5, 1)]
+)
 def test_sum_of_the_shards_is_the_whole(start_workers, replicas, ep, tp):
     group = start_workers(replicas=replicas, ep=ep, tp=tp).group()
     for seed in range(3):

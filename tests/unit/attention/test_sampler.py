@@ -66,7 +66,9 @@ def test_truncations_keep_exactly_the_allowed_set(logits_V, temperature):
 
 def test_a_row_does_not_depend_on_its_batch(logits_V):
     params = {
-        f"r{seed}": SamplingParams(9, seed=seed, temperature=0.3 + seed / 4, top_p=0.9, top_k=seed, min_p=seed / 100)
+        f"r{seed}": SamplingParams(
+            9, seed=seed, temperature=0.3 + seed / 4, top_p=0.9, top_k=seed, min_p=seed / 100
+        )
         for seed in range(6)
     }
     logits = {name: logits_V.roll(index) for index, name in enumerate(params)}
@@ -89,7 +91,9 @@ def test_a_request_that_comes_back_goes_on_as_it_would_have(logits_V):
 
 
 def test_penalties_equal_their_formulas(logits_V):
-    params = SamplingParams(1, temperature=0.0, repetition_penalty=1.5, presence_penalty=0.4, frequency_penalty=0.25)
+    params = SamplingParams(
+        1, temperature=0.0, repetition_penalty=1.5, presence_penalty=0.4, frequency_penalty=0.25
+    )
     prompt, output = [3, 4], [4, 9, 9]
     expected_V = logits_V.clone()
     for token_id in {3, 4, 9}:

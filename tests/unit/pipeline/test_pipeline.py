@@ -42,7 +42,14 @@ def test_every_pass_gets_its_own_answers_to_the_end(num_micro_batches):
 def test_calls_of_the_other_micro_batches_leave_before_an_answer_is_awaited():
     channel = DoublingChannel()
     run_pipeline([doubling_pass(1, 2) for _ in range(3)], channel, num_hops=2)
-    assert channel.events[:6] == [("send", 0), ("send", 1), ("send", 2), ("receive", 0), ("send", 0), ("receive", 1)]
+    assert channel.events[:6] == [
+        ("send", 0),
+        ("send", 1),
+        ("send", 2),
+        ("receive", 0),
+        ("send", 0),
+        ("receive", 1),
+    ]
 
 
 def test_hop_order_takes_every_hop_of_every_micro_batch_once():
