@@ -1,0 +1,157 @@
+"""Loading one half of a model from safetensors: by memory map, only the tensors and slices of its role and shard.
+
+What lives here: the check of a checkpoint's names and shapes against the model's tensors, and the two loaders. What
+does not: which tensors there are (tensors.py), what they are called (families.py), the files (weight_files.py).
+Called by whoever starts a worker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from afd_server.errors import ModelError
+from afd_server.models.attention_gqa import GQAttention
+from afd_server.models.families import Family, family_of
+from afd_server.models.ffn_dense import DenseFFN
+from afd_server.models.halves import Attention, AttentionHalf, AttentionLayer, FFNHalf, FFNShard
+from afd_server.models.rope import Rope
+from afd_server.models.spec import DenseSpec, GQASpec, ModelSpec
+from afd_server.models.tensors import TensorSlot, model_tensors
+from afd_server.models.weight_files import WeightFiles
+
+
+def load_attention_half(
+    directory: Path, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, gate_on: str
+) -> AttentionHalf:
+    """The attention side of the checkpoint, converted to dtype. gate_on: the side that runs the routers.
+
+    Raises ModelError, naming the tensor, if one is missing, of another shape, or known to neither side.
+    """
+    reader = _Reader(directory, spec, device, dtype)
+    embedding = reader.read("embedding")
+    layers = [
+        AttentionLayer(
+            attention_norm=reader.read("attention_norm", layer),
+            attention=_attention(spec, reader.read_attention(layer)),
+            ffn_norm=reader.read("ffn_norm", layer),
+        )
+        for layer in range(spec.num_layers)
+    ]
+    return AttentionHalf(
+        spec,
+        embedding=embedding,
+        layers=layers,
+        final_norm=reader.read("final_norm"),
+        lm_head=embedding if spec.tie_word_embeddings else reader.read("lm_head"),
+        rope=_rope(spec, device),
+    )
+
+
+def load_ffn_half(
+    directory: Path,
+    spec: ModelSpec,
+    shard: FFNShard,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    gate_on: str,
+) -> FFNHalf:
+    """One shard of the checkpoint's FFN side, converted to dtype; otherwise as load_attention_half."""
+    reader = _Reader(directory, spec, device, dtype)
+    layers = []
+    for layer, ffn in enumerate(spec.ffn):
+        assert isinstance(ffn, DenseSpec)
+        start, stop = shard.dense_slice(ffn.intermediate_size)
+        first = shard.ep_rank == shard.tp_rank == 0
+        layers.append(DenseFFN(reader.read_mlp("mlp", layer, start, stop, bias=ffn.bias, down_bias=first)))
+    return FFNHalf(layers, device=device, dtype=dtype)
+
+
+def _attention(spec: ModelSpec, weights: dict[str, Tensor]) -> Attention:
+    if isinstance(spec.attention, GQASpec):
+        return GQAttention(spec.attention, weights, spec.rms_norm_eps)
+    raise AssertionError(spec.attention)
+
+
+def _rope(spec: ModelSpec, device: torch.device) -> Rope:
+    attention = spec.attention
+    assert isinstance(attention, GQASpec)
+    return Rope(attention.rope, attention.head_dim, device)
+
+
+class _Reader:
+    """A checkpoint that was checked against its spec, read slot by slot. Reading copies: the files may go later."""
+
+    def __init__(self, directory: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        self._files = WeightFiles(directory)
+        self._family = family_of(spec.architecture)
+        self._slots = {(tensor.slot, tensor.layer): tensor for tensor in model_tensors(spec)}
+        self._device, self._dtype = device, dtype
+        _refuse_left_over(self._files, self._family, spec)
+
+    def read(self, slot: str, layer: int | None = None, *slices: slice) -> Tensor:
+        tensor = self._slots[slot, layer]
+        name = self._family.names[slot].format(layer=layer)
+        return self._files.read(name, tensor.shape, slices).to(
+            device=self._device, dtype=self._dtype, copy=True
+        )
+
+    def read_attention(self, layer: int) -> dict[str, Tensor]:
+        """Every slot of the layer's attention, norms around it left out."""
+        outside = ("attention_norm", "ffn_norm")
+        return {
+            slot: self.read(slot, layer)
+            for (slot, its_layer), tensor in self._slots.items()
+            if its_layer == layer and tensor.role == "attention" and slot not in outside
+        }
+
+    def read_mlp(
+        self, prefix: str, layer: int, start: int, stop: int, *, bias: bool = False, down_bias: bool = False
+    ) -> dict[str, Tensor]:
+        """The slice start to stop of an MLP's intermediate dimension, under DenseFFN's names."""
+        inner = slice(start, stop)
+        weights = {
+            "gate": self.read(f"{prefix}.gate", layer, inner),
+            "up": self.read(f"{prefix}.up", layer, inner),
+            "down": self.read(f"{prefix}.down", layer, slice(None), inner),
+        }
+        if bias:
+            weights |= {name: self.read(f"{prefix}.{name}", layer, inner) for name in ("gate_bias", "up_bias")}
+            if down_bias:
+                weights["down_bias"] = self.read(f"{prefix}.down_bias", layer)
+        return weights
+
+
+def _names(tensor: TensorSlot, family: Family, num_experts: int) -> Iterator[str]:
+    """What the checkpoint calls a slot: one name, or one for each expert."""
+    template = family.names[tensor.slot]
+    if "{expert}" in template:
+        for expert in range(num_experts):
+            yield template.format(layer=tensor.layer, expert=expert)
+    else:
+        yield template.format(layer=tensor.layer)
+
+
+def _refuse_left_over(files: WeightFiles, family: Family, spec: ModelSpec) -> None:
+    """Raises ModelError for a tensor that no slot asks for: a model that has it is not the model that was described."""
+    known: set[str] = set()
+    for tensor in model_tensors(spec):
+        ffn = spec.ffn[tensor.layer or 0]
+        known.update(_names(tensor, family, 0 if isinstance(ffn, DenseSpec) else ffn.num_experts))
+    if spec.tie_word_embeddings:
+        known.add(family.names["lm_head"])  # many files carry the tied matrix twice
+    left_over = [
+        name
+        for name in sorted(files.names - known)
+        if not any(re.fullmatch(pattern, name) for pattern in family.ignored)
+    ]
+    if left_over:
+        others = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
+        raise ModelError(
+            f"{files.where}: {left_over[0]}{others}: no part of {spec.architecture} has such a tensor"
+        )

@@ -1,0 +1,151 @@
+"""A checkpoint's config.json, read key by key: types are checked, and what nobody read is refused.
+
+What lives here: the file and the rules for its keys that hold for every architecture. What does not: which keys one
+architecture has (families.py). Called by spec.py and families.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from afd_server.errors import ModelError
+
+# Keys that say nothing about the result of a forward pass without dropout, or that other files of the checkpoint
+# (generation_config.json, the tokenizer's) speak for.
+HARMLESS = frozenset(
+    """
+    architectures auto_map attention_dropout aux_loss_alpha bos_token_id cache_implementation dtype
+    embd_pdrop eos_token_id ep_size id2label label2id initializer_range is_llama_config max_window_layers model_type
+    moe_router_use_sigmoid name_or_path num_nextn_predict_layers output_router_logits pad_token_id pretraining_tp
+    problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise seq_aux task_specific_params
+    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version unk_token_id use_cache
+    chunk_size_feed_forward
+    """.split()
+)
+
+REQUIRED: Any = object()
+
+
+class ConfigFile:
+    """One JSON object of config.json, and which of its keys were read. `where` names it in messages."""
+
+    def __init__(
+        self, values: Mapping[str, Any], where: str, generation: Mapping[str, Any] | None = None
+    ) -> None:
+        self._values = values
+        self._generation = generation or {}
+        self._read: set[str] = set()
+        self.where = where
+
+    @classmethod
+    def open(cls, directory: Path) -> ConfigFile:
+        """Reads config.json and, where there is one, generation_config.json. Raises ModelError."""
+        path = directory / "config.json"
+        if not path.is_file():
+            raise ModelError(f"{directory}: there is no config.json; is this a Hugging Face model directory?")
+        generation = directory / "generation_config.json"
+        return cls(_read_object(path), str(path), _read_object(generation) if generation.is_file() else None)
+
+    @property
+    def architecture(self) -> str:
+        names = self._values.get("architectures")
+        if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+            raise ModelError(f"{self.where}: architectures is {names!r}, not a list of one name")
+        return names[0]
+
+    def has(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def integer(self, key: str, default: Any = REQUIRED, least: int = 1) -> int:
+        value = self.value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.error(key, f"is {value!r}, not a whole number from {least} up")
+        return value
+
+    def number(self, key: str, default: Any = REQUIRED) -> float:
+        value = self.value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, f"is {value!r}, not a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.value(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"is {value!r}, not true or false")
+        return value
+
+    def value(self, key: str, default: Any = REQUIRED) -> Any:
+        """The value as it is. null counts as absent. Raises ModelError when it is absent and there is no default."""
+        self._read.add(key)
+        value = self._values.get(key)
+        if value is None:
+            if default is REQUIRED:
+                raise self.error(key, "is missing")
+            return default
+        return value
+
+    def only(self, key: str, *served: Any, default: Any = REQUIRED) -> Any:
+        """The value, which must be one of `served`: the others change the result and are not implemented."""
+        value = self.value(key, default)
+        if value not in served:
+            raise self.error(key, f"is {value!r}; served: {', '.join(map(repr, served))}")
+        return value
+
+    def part(self, key: str) -> ConfigFile:
+        """A nested object, with generation_config.json's word handed down. Its own unread keys are its own."""
+        value = self.value(key)
+        if not isinstance(value, dict):
+            raise self.error(key, f"is {value!r}, not an object")
+        return ConfigFile(value, f"{self.where}: {key}", self._generation)
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """generation_config.json's word first, since chat models add their end-of-turn token there."""
+        self._read.add("eos_token_id")
+        value = self._generation.get("eos_token_id")
+        if value is None:
+            value = self._values.get("eos_token_id")
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+            raise self.error("eos_token_id", f"is {value!r}, not token ids")
+        return tuple(ids)
+
+    def dtype(self) -> str:
+        """Of the weights; `torch_dtype` until transformers 5, `dtype` since. float32 where it says nothing."""
+        value = self.value("dtype", None) or self.value("torch_dtype", "float32")
+        if value not in ("float32", "bfloat16", "float16"):
+            raise self.error("dtype", f"is {value!r}; served: float32, bfloat16 and float16")
+        return value
+
+    def refuse_what_was_not_read(self) -> None:
+        """Raises ModelError for a key that may change the result and that nobody asked for. Off (null, false) is off."""
+        if self.has("quantization_config"):
+            raise self.error("quantization_config", "is set; quantized checkpoints are not served")
+        unknown = [
+            key
+            for key, value in self._values.items()
+            if key not in self._read
+            and key not in HARMLESS
+            and not key.startswith("_")
+            and value not in (None, False, [], {})
+        ]
+        if unknown:
+            raise self.error(
+                unknown[0],
+                f"is {self._values[unknown[0]]!r}, a key that is not known; remove it if it does not change the result",
+            )
+
+    def error(self, key: str, problem: str) -> ModelError:
+        return ModelError(f"{self.where}: {key} {problem}")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: is not a JSON object")
+    return value

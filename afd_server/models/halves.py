@@ -1,0 +1,189 @@
+"""A model in two halves that meet once per layer, and both composed again.
+
+What lives here: AttentionHalf (embedding, norms, attention, router, residual stream, LM head), FFNHalf (one shard of
+the MLPs and experts), and WholeModel, the numerical oracle. What does not: loading (checkpoint.py), the order in which
+passes run (pipeline.py), anything between two processes. All of it runs under `torch.inference_mode()` by its callers.
+
+Shapes: T rows of the micro-batch, H hidden, V vocabulary, N rows that sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afd_server.models.batch import AttentionBatch
+from afd_server.models.ffn_call import FFNCall
+from afd_server.models.ffn_dense import DenseFFN
+from afd_server.models.norm import rms_norm
+from afd_server.models.rope import Rope, RopeTable
+from afd_server.models.spec import ModelSpec
+from afd_server.types import ScheduledRequest
+
+
+class Attention(Protocol):
+    """One layer's attention of any kind."""
+
+    def forward(self, x_TH: Tensor, batch: AttentionBatch, rope: RopeTable, cache: Tensor) -> Tensor:
+        """[T, H] for normed x; writes the rows' entries into the layer's cache."""
+
+    def tensors(self) -> list[Tensor]:
+        """Every weight it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """One decoder layer without its FFN."""
+
+    attention_norm: Tensor
+    attention: Attention
+    ffn_norm: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FFNShard:
+    """Which part of the FFN weights a worker holds: expert shard ep_rank of ep_size, and of every expert the slice
+    tp_rank of tp_size of its intermediate dimension. A dense MLP is cut into ep_size * tp_size slices."""
+
+    ep_rank: int = 0
+    ep_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.ep_rank < self.ep_size and 0 <= self.tp_rank < self.tp_size, self
+
+    def experts(self, num_experts: int) -> tuple[int, int]:
+        """First and one-past-last of the routed experts held."""
+        return bounds(num_experts, self.ep_rank, self.ep_size)
+
+    def expert_slice(self, intermediate_size: int) -> tuple[int, int]:
+        """Of the intermediate dimension of an expert, routed or shared."""
+        return bounds(intermediate_size, self.tp_rank, self.tp_size)
+
+    def dense_slice(self, intermediate_size: int) -> tuple[int, int]:
+        """Of the intermediate dimension of a dense MLP, which every worker has a part of."""
+        return bounds(
+            intermediate_size, self.ep_rank * self.tp_size + self.tp_rank, self.ep_size * self.tp_size
+        )
+
+
+def bounds(total: int, rank: int, size: int) -> tuple[int, int]:
+    """Start and stop of part `rank` when `total` is cut into `size` contiguous parts, even or not."""
+    return total * rank // size, total * (rank + 1) // size
+
+
+class AttentionHalf:
+    """All of the model but the FFNs. It is resumed once per layer with what the FFN side made of its call."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        embedding: Tensor,
+        layers: Sequence[AttentionLayer],
+        final_norm: Tensor,
+        lm_head: Tensor,
+        rope: Rope,
+    ) -> None:
+        assert len(layers) == spec.num_layers
+        self.spec = spec
+        self._embedding = embedding
+        self._layers = layers
+        self._final_norm = final_norm
+        self._lm_head = lm_head
+        self._rope = rope
+        self.device, self.dtype = embedding.device, embedding.dtype
+
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors held; a tied LM head counts once."""
+        tensors = [self._embedding, self._final_norm]
+        if self._lm_head is not self._embedding:
+            tensors.append(self._lm_head)
+        for layer in self._layers:
+            tensors += [layer.attention_norm, layer.ffn_norm, *layer.attention.tensors()]
+        return _bytes_of(tensors)
+
+    def forward(self, batch: AttentionBatch, cache: Sequence[Tensor]) -> Generator[FFNCall, Tensor, Tensor]:
+        """One pass: yields a call per layer, is resumed with its answer [T, H] (any dtype), returns logits.
+
+        cache: per layer [blocks, block_size, *cache_entry_shape]; the rows' entries are written into it. Returns
+        float32 [N, V], a row for every request that samples, in the batch's order.
+        """
+        eps = self.spec.rms_norm_eps
+        x_TH = F.embedding(batch.token_ids, self._embedding)
+        rope = self._rope.table(batch.positions, x_TH.dtype)
+        for index, layer in enumerate(self._layers):
+            normed_TH = rms_norm(x_TH, layer.attention_norm, eps)
+            x_TH = x_TH + layer.attention.forward(normed_TH, batch, rope, cache[index])
+            normed_TH = rms_norm(x_TH, layer.ffn_norm, eps)
+            answer_TH = yield FFNCall(index, normed_TH)
+            x_TH = x_TH + answer_TH.to(device=x_TH.device, dtype=x_TH.dtype)
+        x_NH = rms_norm(x_TH[batch.sampled_rows], self._final_norm, eps)
+        return F.linear(x_NH, self._lm_head).to(torch.float32)
+
+
+class FFNHalf:
+    """One shard of every layer's FFN. Holds weights and nothing else; calls may come in any order."""
+
+    def __init__(self, layers: Sequence[DenseFFN], *, device: torch.device, dtype: torch.dtype) -> None:
+        self._layers = layers
+        self._device = device
+        self._dtype = dtype
+
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors held."""
+        return _bytes_of(tensor for layer in self._layers for tensor in layer.tensors())
+
+    def forward(self, call: FFNCall, out: Tensor | None = None) -> Tensor:
+        """This shard's part of the answer, [T, H]; the parts of all shards add up to it.
+
+        call.x and out may be of another float dtype than the model and on another device: they are converted. Without
+        out the result is of the model's dtype and on its device; with out it is written there, and out is returned.
+        """
+        x_TH = call.x.to(device=self._device, dtype=self._dtype)
+        layer = self._layers[call.layer]
+        direct = out is not None and out.dtype == self._dtype and out.device == x_TH.device
+        y_TH = layer.forward(x_TH, out if direct else None)
+        return y_TH if direct or out is None else out.copy_(y_TH)
+
+
+class WholeModel:
+    """Both halves in one process, the FFN side in any number of shards: what every split model must equal."""
+
+    def __init__(self, attention: AttentionHalf, ffn_halves: Sequence[FFNHalf]) -> None:
+        self.spec = attention.spec
+        self._attention = attention
+        self._ffn_halves = ffn_halves
+
+    def run(self, batch: AttentionBatch, cache: Sequence[Tensor]) -> Tensor:
+        """Float32 logits [N, V] of the rows that sample; see AttentionHalf.forward."""
+        forward_pass = self._attention.forward(batch, cache)
+        answer: Tensor | None = None
+        while True:
+            try:
+                call = forward_pass.send(answer)  # type: ignore[arg-type]  # a generator starts with None
+            except StopIteration as end:
+                return end.value
+            answer = sum(half.forward(call).to(torch.float32) for half in self._ffn_halves)  # type: ignore[assignment]
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Float32 logits [T, V] after every token of one text, computed in one go on a cache of its own."""
+        device, dtype = self._attention.device, self._attention.dtype
+        entry = (1, len(token_ids), *self.spec.attention.cache_entry_shape)
+        cache = [torch.zeros(entry, device=device, dtype=dtype) for _ in range(self.spec.num_layers)]
+        request = ScheduledRequest("logits", 0, tuple(token_ids), (0,), samples=True)
+        batch = AttentionBatch.build([request], len(token_ids), device)
+        every_row = torch.arange(len(token_ids), device=device)
+        return self.run(dataclasses.replace(batch, sampled_rows=every_row), cache)
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,83 @@
+"""RoPE as config.json spells it, before transformers 5 (`rope_theta`, `rope_scaling`) and since (`rope_parameters`).
+
+What lives here: the reading, and the refusal of kinds that are not served. What does not: the mathematics (rope.py).
+Called by families.py. The meaning of each key is transformers' (`modeling_rope_utils`).
+"""
+
+from __future__ import annotations
+
+import math
+
+from afd_server.models.config_file import ConfigFile
+from afd_server.models.spec import RopeSpec
+
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+def read_rope(config: ConfigFile, *, theta: float = 10000.0, interleaved: bool = False) -> RopeSpec:
+    """The rope of a decoder. theta: what the architecture takes where the file has none. Raises ModelError."""
+    config.only("partial_rotary_factor", 1.0, default=1.0)
+    theta = config.number("rope_theta", theta)
+    scaling = None
+    for key in ("rope_scaling", "rope_parameters"):  # the newer spelling wins where both are there
+        if config.has(key):
+            scaling = config.part(key)
+    if scaling is None:
+        return RopeSpec("default", theta, interleaved)
+    theta = scaling.number("rope_theta", theta)
+    scaling.only("partial_rotary_factor", 1.0, default=1.0)
+    older_spelling = scaling.value("type", "default")
+    kind = scaling.only("rope_type", *KINDS, default=older_spelling)
+    rope = _read_kind(config, scaling, kind, theta, interleaved)
+    scaling.refuse_what_was_not_read()
+    return rope
+
+
+def _read_kind(config: ConfigFile, scaling: ConfigFile, kind: str, theta: float, interleaved: bool) -> RopeSpec:
+    if kind == "default":
+        return RopeSpec(kind, theta, interleaved)
+    factor = scaling.number("factor")
+    max_positions = config.integer("max_position_embeddings")
+    if kind == "linear":
+        return RopeSpec(kind, theta, interleaved, factor)
+    original = scaling.integer("original_max_position_embeddings", max_positions)
+    if kind == "dynamic":
+        # transformers measures the stretch from max_position_embeddings, whatever the original length says.
+        return RopeSpec(kind, theta, interleaved, factor, max_positions)
+    if kind == "llama3":
+        return RopeSpec(
+            kind, theta, interleaved, factor, original,
+            low_freq_factor=scaling.number("low_freq_factor"),
+            high_freq_factor=scaling.number("high_freq_factor"),
+        )  # fmt: skip
+    mscale, mscale_all = scaling.number("mscale", 0.0), scaling.number("mscale_all_dim", 0.0)
+    by_factor = yarn_mscale(factor)
+    if mscale and mscale_all:
+        by_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
+    return RopeSpec(
+        kind, theta, interleaved, factor, original,
+        beta_fast=scaling.number("beta_fast", 32.0),
+        beta_slow=scaling.number("beta_slow", 1.0),
+        truncate=scaling.flag("truncate", True),
+        cos_sin_scale=scaling.number("attention_factor", by_factor),
+    )  # fmt: skip
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """How much YaRN (arXiv 2309.00071, section 3.4) strengthens the scores for a stretch by `factor`."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def latent_softmax_scale(config: ConfigFile, head_dim: int) -> float:
+    """DeepSeek's scale of the scores: 1 / sqrt(head_dim), times mscale_all_dim's strengthening squared under YaRN."""
+    scale = head_dim**-0.5
+    for key in ("rope_parameters", "rope_scaling"):
+        if not config.has(key):
+            continue
+        scaling = config.part(key)
+        kind = scaling.value("rope_type", scaling.value("type", "default"))
+        mscale_all = scaling.number("mscale_all_dim", 0.0)
+        if kind == "default" or not mscale_all:
+            return scale
+        return scale * yarn_mscale(scaling.number("factor"), mscale_all) ** 2
+    return scale

@@ -1,0 +1,92 @@
+"""Tiny random checkpoints of every served family, and a tiny tokenizer, for tests.
+
+transformers writes the weights, so names and layout are the published ones; Step-3, which it does not have, is written
+by hand. Norms, biases and routers get values that differ from their initial ones, so that leaving one out shows.
+"""
+
+import json
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB_SIZE = 288
+
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+DENSE = {"intermediate_size": 88}
+
+FAMILIES = {
+    "llama": {**DENSE},
+    "qwen2": {**DENSE},
+    "qwen3": {**DENSE, "head_dim": 24},
+}
+
+
+def write_checkpoint(family, directory, *, seed=0, dtype="float32", **overrides):
+    """Writes config.json and model.safetensors into `directory` and returns it. Keys of the configuration in overrides."""
+    model = build_model(family, seed=seed, dtype=dtype, **overrides)
+    model.save_pretrained(directory)
+    return directory
+
+
+def build_model(family, *, seed=0, dtype="float32", **overrides):
+    """transformers' own model of the family, with random weights."""
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **overrides})
+    config.dtype = getattr(torch, dtype)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            _randomise(name, parameter)
+    return model.to(config.dtype)
+
+
+def _randomise(name, tensor):
+    if name.endswith("inv_freq"):
+        return
+    if "norm" in name:
+        tensor.uniform_(0.5, 1.5)
+    elif tensor.ndim == 1:  # biases, correction bias
+        tensor.normal_(std=0.3)
+    else:
+        tensor.normal_(std=tensor.shape[-1] ** -0.5)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def write_tokenizer(directory):
+    """A byte-level BPE without merges: one token a byte, ids 0 to 255, then SPECIAL_TOKENS from 256 on."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[0],
+        "eos_token": SPECIAL_TOKENS[1],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
