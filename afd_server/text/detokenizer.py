@@ -1,0 +1,127 @@
+"""Text that grows token by token: characters are whole when they leave, and stop strings end it at any border.
+
+What lives here: the incremental decoding of one output, and the search for its stop strings. What does not: whether
+the request ends by a token or by its length (engine/). Called by api/, once per new token; the cost of a token does
+not grow with the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from afd_server.text.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character, or not yet one
+# A character has at most four bytes, so a tail that is still broken after this many tokens stays broken.
+MAX_HELD_TOKENS = 16
+# How much of the prompt the first token is decoded with: decoders drop a leading space at the very beginning only.
+PROMPT_TAIL_TOKENS = 6
+
+
+class Detokenizer:
+    """Turns one output's tokens into text. Each call gives only what is new, and never a part of a character.
+
+    Held are the tokens of the last text given out, which the next ones are decoded with, and those after them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._spaces_between_special_tokens = spaces_between_special_tokens or skip_special_tokens
+        self._ids = self._prompt_tail(prompt_token_ids)
+        self._num_held = 0
+        # A prompt of token ids may end inside a character, which the output then completes.
+        self._context = self._decode(self._ids).rstrip(REPLACEMENT)
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes; "" while a character is incomplete."""
+        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+            return ""  # never held: a stream of ignored end tokens must not grow the window
+        after_added = bool(self._ids) and self._tokenizer.is_added(self._ids[-1])
+        self._ids.append(token_id)
+        self._num_held += 1
+        text = self._decode(self._ids)
+        if text.endswith(REPLACEMENT) and self._num_held < MAX_HELD_TOKENS:
+            return ""
+        new = self._release(text)
+        if not self._spaces_between_special_tokens and after_added and self._tokenizer.is_added(token_id):
+            return new.removeprefix(" ")
+        return new
+
+    def flush(self) -> str:
+        """What is left at the end of the output: the beginning of a character that never came, as U+FFFD."""
+        return self._release(self._decode(self._ids)) if self._num_held else ""
+
+    def _release(self, text: str) -> str:
+        new = text[len(self._context) :]
+        if new:  # else the context stays: a space dropped at the very beginning shows with the next token
+            self._ids = self._ids[-self._num_held :]
+            self._context = self._decode(self._ids)
+            self._num_held = 0
+        return new
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+    def _prompt_tail(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt, a few more where the cut would fall inside a character."""
+        for length in range(PROMPT_TAIL_TOKENS, PROMPT_TAIL_TOKENS + 4):
+            tail = list(prompt_token_ids[-length:])
+            if not self._decode(tail).startswith(REPLACEMENT):
+                break
+        return tail
+
+
+class StopStrings:
+    """Looks for stop strings in a text that comes in pieces, and holds back what may become one.
+
+    The string that is complete first wins, of two that end together the longer one: so the outcome depends on the text
+    alone, not on how it was cut into pieces. `found` is that string.
+    """
+
+    def __init__(self, stop: Sequence[str], *, include: bool = False) -> None:
+        self._stop = tuple(stop)
+        self._include = include
+        self._held = ""
+        self.found: str | None = None
+
+    def feed(self, piece: str, *, may_stop: bool = True) -> str:
+        """The text that is safe to give out. may_stop False: a string that ends within this piece does not count."""
+        assert self.found is None, "the text has ended"
+        if not self._stop:
+            return piece
+        text, old = self._held + piece, len(self._held)
+        ends = [(end, -len(stop), stop) for stop in self._stop if (end := self._end_of(stop, text, old)) >= 0]
+        if may_stop and ends:
+            end, _, self.found = min(ends)
+            self._held = ""
+            return text[: end if self._include else end - len(self.found)]
+        kept = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def flush(self) -> str:
+        """What was held back, when the output ends without having become a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _end_of(stop: str, text: str, old: int) -> int:
+        """Where `stop` first ends beyond `old`, or -1."""
+        start = text.find(stop, max(0, old - len(stop) + 1))
+        return -1 if start < 0 else start + len(stop)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
