@@ -16,11 +16,15 @@ from torch import Tensor
 
 from afd_server.errors import ModelError
 from afd_server.models.attention_gqa import GQAttention
+from afd_server.models.attention_mfa import FactorizedAttention
+from afd_server.models.attention_mla import LatentAttention
 from afd_server.models.families import Family, family_of
 from afd_server.models.ffn_dense import DenseFFN
+from afd_server.models.ffn_moe import MoEFFN
 from afd_server.models.halves import Attention, AttentionHalf, AttentionLayer, FFNHalf, FFNShard
 from afd_server.models.rope import Rope
-from afd_server.models.spec import DenseSpec, GQASpec, ModelSpec
+from afd_server.models.router import Router
+from afd_server.models.spec import DenseSpec, GQASpec, MLASpec, ModelSpec, MoESpec
 from afd_server.models.tensors import TensorSlot, model_tensors
 from afd_server.models.weight_files import WeightFiles
 
@@ -39,8 +43,9 @@ def load_attention_half(
             attention_norm=reader.read("attention_norm", layer),
             attention=_attention(spec, reader.read_attention(layer)),
             ffn_norm=reader.read("ffn_norm", layer),
+            router=_router(reader, layer, ffn) if isinstance(ffn, MoESpec) and gate_on == "attention" else None,
         )
-        for layer in range(spec.num_layers)
+        for layer, ffn in enumerate(spec.ffn)
     ]
     return AttentionHalf(
         spec,
@@ -63,25 +68,53 @@ def load_ffn_half(
 ) -> FFNHalf:
     """One shard of the checkpoint's FFN side, converted to dtype; otherwise as load_attention_half."""
     reader = _Reader(directory, spec, device, dtype)
-    layers = []
+    layers: list[DenseFFN | MoEFFN] = []
     for layer, ffn in enumerate(spec.ffn):
-        assert isinstance(ffn, DenseSpec)
-        start, stop = shard.dense_slice(ffn.intermediate_size)
-        first = shard.ep_rank == shard.tp_rank == 0
-        layers.append(DenseFFN(reader.read_mlp("mlp", layer, start, stop, bias=ffn.bias, down_bias=first)))
+        if isinstance(ffn, DenseSpec):
+            layers.append(_dense(reader, layer, ffn, shard))
+        else:
+            router = _router(reader, layer, ffn) if gate_on == "ffn" else None
+            layers.append(_experts(reader, layer, ffn, shard, router))
     return FFNHalf(layers, device=device, dtype=dtype)
 
 
 def _attention(spec: ModelSpec, weights: dict[str, Tensor]) -> Attention:
-    if isinstance(spec.attention, GQASpec):
-        return GQAttention(spec.attention, weights, spec.rms_norm_eps)
-    raise AssertionError(spec.attention)
+    attention = spec.attention
+    if isinstance(attention, GQASpec):
+        return GQAttention(attention, weights, spec.rms_norm_eps)
+    if isinstance(attention, MLASpec):
+        return LatentAttention(attention, weights)
+    return FactorizedAttention(attention, weights, spec.rms_norm_eps)
 
 
 def _rope(spec: ModelSpec, device: torch.device) -> Rope:
     attention = spec.attention
-    assert isinstance(attention, GQASpec)
-    return Rope(attention.rope, attention.head_dim, device)
+    dim = attention.rope_head_dim if isinstance(attention, MLASpec) else attention.head_dim
+    return Rope(attention.rope, dim, device)
+
+
+def _router(reader: _Reader, layer: int, ffn: MoESpec) -> Router:
+    # A correction bias is compared with float32 scores, and is never rounded.
+    correction = reader.read("router_correction", layer, dtype=torch.float32) if ffn.correction_bias else None
+    weight = reader.read("router", layer, dtype=torch.float32 if ffn.float32_router else None)
+    return Router(ffn, weight, correction)
+
+
+def _dense(reader: _Reader, layer: int, ffn: DenseSpec, shard: FFNShard) -> DenseFFN:
+    start, stop = shard.dense_slice(ffn.intermediate_size)
+    first = shard.ep_rank == shard.tp_rank == 0
+    return DenseFFN(reader.read_mlp("mlp", layer, start, stop, bias=ffn.bias, down_bias=first))
+
+
+def _experts(reader: _Reader, layer: int, ffn: MoESpec, shard: FFNShard, router: Router | None) -> MoEFFN:
+    first, last = shard.experts(ffn.num_experts)
+    start, stop = shard.expert_slice(ffn.intermediate_size)
+    gate_up, down = reader.read_experts(layer, range(first, last), start, stop)
+    shared = None
+    if ffn.shared_intermediate_size:
+        start, stop = shard.expert_slice(ffn.shared_intermediate_size)
+        shared = DenseFFN(reader.read_mlp("shared", layer, start, stop))
+    return MoEFFN(gate_up, down, first_expert=first, shared=shared, router=router)
 
 
 class _Reader:
@@ -91,15 +124,41 @@ class _Reader:
         self._files = WeightFiles(directory)
         self._family = family_of(spec.architecture)
         self._slots = {(tensor.slot, tensor.layer): tensor for tensor in model_tensors(spec)}
+        self._hidden_size = spec.hidden_size
         self._device, self._dtype = device, dtype
         _refuse_left_over(self._files, self._family, spec)
 
-    def read(self, slot: str, layer: int | None = None, *slices: slice) -> Tensor:
+    def read(
+        self, slot: str, layer: int | None = None, *slices: slice, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A tensor, or what the slices cut out of it. dtype: another one than the model's."""
         tensor = self._slots[slot, layer]
         name = self._family.names[slot].format(layer=layer)
         return self._files.read(name, tensor.shape, slices).to(
-            device=self._device, dtype=self._dtype, copy=True
+            device=self._device, dtype=dtype or self._dtype, copy=True
         )
+
+    def read_experts(self, layer: int, experts: range, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """gate and up [E, 2 I, H] and down [E, H, I] of these experts, I the slice start to stop."""
+        width, inner = stop - start, slice(start, stop)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(len(experts), *shape, device=self._device, dtype=self._dtype)
+
+        gate_up, down = empty(2 * width, self._hidden_size), empty(self._hidden_size, width)
+        for index, expert in enumerate(experts):
+            gate_up[index, :width] = self._expert("expert.gate", layer, expert, inner)
+            gate_up[index, width:] = self._expert("expert.up", layer, expert, inner)
+            down[index] = self._expert("expert.down", layer, expert, slice(None), inner)
+        return gate_up, down
+
+    def _expert(self, slot: str, layer: int, expert: int, *slices: slice) -> Tensor:
+        """A view of one expert's matrix in the mapped file, stored by itself or as part of a stack."""
+        tensor, template = self._slots[slot, layer], self._family.names[slot]
+        if "{expert}" in template:
+            return self._files.read(template.format(layer=layer, expert=expert), tensor.shape, slices)
+        stacked = (tensor.num_experts, *tensor.shape)
+        return self._files.read(template.format(layer=layer), stacked, (slice(expert, expert + 1), *slices))[0]
 
     def read_attention(self, layer: int) -> dict[str, Tensor]:
         """Every slot of the layer's attention, norms around it left out."""
@@ -127,11 +186,11 @@ class _Reader:
         return weights
 
 
-def _names(tensor: TensorSlot, family: Family, num_experts: int) -> Iterator[str]:
+def _names(tensor: TensorSlot, family: Family) -> Iterator[str]:
     """What the checkpoint calls a slot: one name, or one for each expert."""
     template = family.names[tensor.slot]
     if "{expert}" in template:
-        for expert in range(num_experts):
+        for expert in range(tensor.num_experts):
             yield template.format(layer=tensor.layer, expert=expert)
     else:
         yield template.format(layer=tensor.layer)
@@ -139,19 +198,23 @@ def _names(tensor: TensorSlot, family: Family, num_experts: int) -> Iterator[str
 
 def _refuse_left_over(files: WeightFiles, family: Family, spec: ModelSpec) -> None:
     """Raises ModelError for a tensor that no slot asks for: a model that has it is not the model that was described."""
-    known: set[str] = set()
-    for tensor in model_tensors(spec):
-        ffn = spec.ffn[tensor.layer or 0]
-        known.update(_names(tensor, family, 0 if isinstance(ffn, DenseSpec) else ffn.num_experts))
+    known = {name for tensor in model_tensors(spec) for name in _names(tensor, family)}
     if spec.tie_word_embeddings:
         known.add(family.names["lm_head"])  # many files carry the tied matrix twice
     left_over = [
         name
         for name in sorted(files.names - known)
         if not any(re.fullmatch(pattern, name) for pattern in family.ignored)
+        and not (family.prediction_layers and _layer_of(name) >= spec.num_layers)
     ]
     if left_over:
         others = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
         raise ModelError(
             f"{files.where}: {left_over[0]}{others}: no part of {spec.architecture} has such a tensor"
         )
+
+
+def _layer_of(name: str) -> int:
+    """The layer in a tensor's name, -1 where it is of none."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1

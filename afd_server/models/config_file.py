@@ -35,9 +35,10 @@ class ConfigFile:
     def __init__(
         self, values: Mapping[str, Any], where: str, generation: Mapping[str, Any] | None = None
     ) -> None:
-        self._values = values
+        self._values = dict(values)
         self._generation = generation or {}
         self._read: set[str] = set()
+        self._parts: dict[str, ConfigFile] = {}
         self.where = where
 
     @classmethod
@@ -94,12 +95,24 @@ class ConfigFile:
             raise self.error(key, f"is {value!r}; served: {', '.join(map(repr, served))}")
         return value
 
-    def part(self, key: str) -> ConfigFile:
-        """A nested object, with generation_config.json's word handed down. Its own unread keys are its own."""
+    def part(self, key: str, inherit: tuple[str, ...] = ()) -> ConfigFile:
+        """A nested object, the same at every call. inherit: keys it has from here where it does not have them itself."""
         value = self.value(key)
         if not isinstance(value, dict):
             raise self.error(key, f"is {value!r}, not an object")
-        return ConfigFile(value, f"{self.where}: {key}", self._generation)
+        if key not in self._parts:
+            handed_down = {name: self._values[name] for name in inherit if name in self._values}
+            self._parts[key] = ConfigFile(handed_down | value, f"{self.where}: {key}", self._generation)
+        return self._parts[key]
+
+    def rename(self, older: str, key: str) -> None:
+        """Lets `older` be read as `key`, where the file has no such key itself."""
+        if older in self._values:
+            self._values.setdefault(key, self._values.pop(older))
+
+    def set_aside(self, *keys: str) -> None:
+        """Known keys of a part of the model that is not served."""
+        self._read.update(keys)
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """generation_config.json's word first, since chat models add their end-of-turn token there."""
@@ -123,6 +136,8 @@ class ConfigFile:
         """Raises ModelError for a key that may change the result and that nobody asked for. Off (null, false) is off."""
         if self.has("quantization_config"):
             raise self.error("quantization_config", "is set; quantized checkpoints are not served")
+        for part in self._parts.values():
+            part.refuse_what_was_not_read()
         unknown = [
             key
             for key, value in self._values.items()

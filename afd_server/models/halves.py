@@ -21,8 +21,10 @@ from torch import Tensor
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.ffn_call import FFNCall
 from afd_server.models.ffn_dense import DenseFFN
+from afd_server.models.ffn_moe import MoEFFN
 from afd_server.models.norm import rms_norm
 from afd_server.models.rope import Rope, RopeTable
+from afd_server.models.router import Router
 from afd_server.models.spec import ModelSpec
 from afd_server.types import ScheduledRequest
 
@@ -39,11 +41,12 @@ class Attention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """One decoder layer without its FFN."""
+    """One decoder layer without its FFN. router: None for a dense layer, and where the FFN side routes."""
 
     attention_norm: Tensor
     attention: Attention
     ffn_norm: Tensor
+    router: Router | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class AttentionHalf:
             tensors.append(self._lm_head)
         for layer in self._layers:
             tensors += [layer.attention_norm, layer.ffn_norm, *layer.attention.tensors()]
+            tensors += layer.router.tensors() if layer.router is not None else []
         return _bytes_of(tensors)
 
     def forward(self, batch: AttentionBatch, cache: Sequence[Tensor]) -> Generator[FFNCall, Tensor, Tensor]:
@@ -123,7 +127,10 @@ class AttentionHalf:
             normed_TH = rms_norm(x_TH, layer.attention_norm, eps)
             x_TH = x_TH + layer.attention.forward(normed_TH, batch, rope, cache[index])
             normed_TH = rms_norm(x_TH, layer.ffn_norm, eps)
-            answer_TH = yield FFNCall(index, normed_TH)
+            topk_ids, topk_weights = (
+                layer.router.forward(normed_TH) if layer.router is not None else (None, None)
+            )
+            answer_TH = yield FFNCall(index, normed_TH, topk_ids, topk_weights)
             x_TH = x_TH + answer_TH.to(device=x_TH.device, dtype=x_TH.dtype)
         x_NH = rms_norm(x_TH[batch.sampled_rows], self._final_norm, eps)
         return F.linear(x_NH, self._lm_head).to(torch.float32)
@@ -132,7 +139,9 @@ class AttentionHalf:
 class FFNHalf:
     """One shard of every layer's FFN. Holds weights and nothing else; calls may come in any order."""
 
-    def __init__(self, layers: Sequence[DenseFFN], *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: Sequence[DenseFFN | MoEFFN], *, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._layers = layers
         self._device = device
         self._dtype = dtype
@@ -149,9 +158,13 @@ class FFNHalf:
         """
         x_TH = call.x.to(device=self._device, dtype=self._dtype)
         layer = self._layers[call.layer]
-        direct = out is not None and out.dtype == self._dtype and out.device == x_TH.device
-        y_TH = layer.forward(x_TH, out if direct else None)
-        return y_TH if direct or out is None else out.copy_(y_TH)
+        if isinstance(layer, DenseFFN):
+            if out is not None and out.dtype == self._dtype and out.device == x_TH.device:
+                return layer.forward(x_TH, out)
+            y_TH = layer.forward(x_TH)
+        else:
+            y_TH = layer.forward(x_TH, call.topk_ids, call.topk_weights)
+        return y_TH.to(self._dtype) if out is None else out.copy_(y_TH)
 
 
 class WholeModel:

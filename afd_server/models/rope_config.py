@@ -28,9 +28,7 @@ def read_rope(config: ConfigFile, *, theta: float = 10000.0, interleaved: bool =
     scaling.only("partial_rotary_factor", 1.0, default=1.0)
     older_spelling = scaling.value("type", "default")
     kind = scaling.only("rope_type", *KINDS, default=older_spelling)
-    rope = _read_kind(config, scaling, kind, theta, interleaved)
-    scaling.refuse_what_was_not_read()
-    return rope
+    return _read_kind(config, scaling, kind, theta, interleaved)
 
 
 def _read_kind(config: ConfigFile, scaling: ConfigFile, kind: str, theta: float, interleaved: bool) -> RopeSpec:

@@ -59,7 +59,8 @@ class GQASpec:
 class MLASpec:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the cache holds one latent vector for all heads.
 
-    query_rank: None when queries are projected from the hidden state directly. softmax_scale: of the scores.
+    query_rank: None when queries are projected from the hidden state directly. softmax_scale: of the scores. norm_eps:
+    of the norms of the latents, which is not the model's.
     """
 
     kind: ClassVar[str] = "mla"
@@ -70,6 +71,7 @@ class MLASpec:
     rope_head_dim: int
     value_head_dim: int
     softmax_scale: float
+    norm_eps: float
     rope: RopeSpec
     bias: bool = False
 

@@ -20,15 +20,15 @@ Shapes = dict[str, tuple[int, ...]]
 class TensorSlot:
     """One tensor, or the stack of all experts' ones. layer: None for those outside the layers.
 
-    role: "attention", "ffn", or "router" for what goes to the side that runs the router. expert_stack: the shape is
-    one expert's; a checkpoint has num_experts of them, each by itself or stacked on a dimension in front.
+    role: "attention", "ffn", or "router" for what goes to the side that runs the router. num_experts: where it is not
+    0, the shape is one expert's, and a checkpoint has that many, each by itself or stacked on a dimension in front.
     """
 
     slot: str
     role: str
     layer: int | None
     shape: tuple[int, ...]
-    expert_stack: bool = False
+    num_experts: int = 0
 
 
 def model_tensors(spec: ModelSpec) -> Iterator[TensorSlot]:
@@ -54,7 +54,7 @@ def _moe_tensors(ffn: MoESpec, hidden: int, layer: int) -> Iterator[TensorSlot]:
     if ffn.correction_bias:
         yield TensorSlot("router_correction", "router", layer, (ffn.num_experts,))
     for slot, shape in _mlp_shapes("expert", hidden, ffn.intermediate_size).items():
-        yield TensorSlot(slot, "ffn", layer, shape, expert_stack=True)
+        yield TensorSlot(slot, "ffn", layer, shape, num_experts=ffn.num_experts)
     if ffn.shared_intermediate_size:
         for slot, shape in _mlp_shapes("shared", hidden, ffn.shared_intermediate_size).items():
             yield TensorSlot(slot, "ffn", layer, shape)
