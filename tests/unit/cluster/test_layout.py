@@ -1,0 +1,94 @@
+"""What a configuration means for a model: every `auto` resolved, what cannot work refused, every worker's place."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from afd_server.cluster.layout import ffn_shard, link_shape, resolve, threads_per_worker
+from afd_server.config import ServeConfig
+from afd_server.errors import ConfigError
+from afd_server.models.halves import FFNShard
+from afd_server.models.spec import DenseSpec, GQASpec, ModelSpec, MoESpec, RopeSpec
+
+DENSE = ModelSpec(
+    architecture="LlamaForCausalLM",
+    hidden_size=64,
+    vocab_size=256,
+    num_layers=2,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    max_position_embeddings=512,
+    dtype="bfloat16",
+    eos_token_ids=(2,),
+    attention=GQASpec(num_heads=4, num_kv_heads=2, head_dim=16, rope=RopeSpec("default", 1e4)),
+    ffn=(DenseSpec(128), DenseSpec(128)),
+)
+MIXTURE = dataclasses.replace(
+    DENSE, ffn=(DenseSpec(128), MoESpec(num_experts=4, top_k=2, intermediate_size=64))
+)
+
+
+def test_auto_becomes_the_models_own():
+    config = resolve(ServeConfig(model="org/name", executor="local"), DENSE, Path("/models/name"))
+    assert (config.dtype, config.wire_dtype, config.transport, config.max_model_len) == (
+        "bfloat16",
+        "bfloat16",
+        "inproc",
+        512,
+    )
+    assert (config.model, config.served_model_name) == ("/models/name", "org/name")
+
+
+def test_what_is_given_stays():
+    given = ServeConfig(dtype="float32", wire_dtype="fp8", max_model_len=100, served_model_name="mine")
+    config = resolve(given, DENSE, Path("/models/name"))
+    assert (config.dtype, config.wire_dtype, config.max_model_len) == ("float32", "fp8", 100)
+    assert (config.served_model_name, config.transport) == ("mine", "auto")
+
+
+@pytest.mark.parametrize(
+    ("settings", "spec", "flag"),
+    [
+        ({"max_model_len": 513}, DENSE, "--max-model-len"),
+        ({"ffn_workers": 5}, MIXTURE, "--ffn-workers"),
+        ({}, dataclasses.replace(DENSE, dtype="float16"), "--dtype"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_its_flag(settings, spec, flag):
+    with pytest.raises(ConfigError) as caught:
+        resolve(ServeConfig(**settings), spec, Path("/models/name"))
+    assert caught.value.flag == flag
+
+
+def test_every_ffn_worker_has_its_own_part_and_replicas_have_the_same():
+    config = ServeConfig(ffn_workers=8, ffn_replicas=2, ffn_parallel="2x2")
+    shards = [ffn_shard(config, index) for index in range(8)]
+    assert shards[:4] == [
+        FFNShard(0, 2, 0, 2),
+        FFNShard(0, 2, 1, 2),
+        FFNShard(1, 2, 0, 2),
+        FFNShard(1, 2, 1, 2),
+    ]
+    assert shards[4:] == shards[:4]
+
+
+def test_a_call_carries_expert_ids_only_when_attention_routes():
+    config = resolve(ServeConfig(max_num_batched_tokens=8, max_num_seqs=32), MIXTURE, Path("m"))
+    assert link_shape(config, MIXTURE).top_k == 2
+    assert link_shape(config, MIXTURE).max_rows == 32
+    assert link_shape(dataclasses.replace(config, gate_on="ffn"), MIXTURE).top_k == 0
+    assert link_shape(config, DENSE).top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "threads"),
+    [
+        ({}, 8),
+        ({"micro_batches": "2"}, 4),
+        ({"attention_workers": 3}, 2),
+        ({"ffn_workers": 20, "micro_batches": "2"}, 1),
+    ],
+)
+def test_sides_that_take_turns_use_all_cores_and_others_share(settings, threads):
+    assert threads_per_worker(ServeConfig(**settings), cores=8) == threads
