@@ -7,6 +7,7 @@ by hand. Norms, biases and routers get values that differ from their initial one
 import json
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,6 +74,8 @@ FAMILIES = {
 
 def write_checkpoint(family, directory, *, seed=0, dtype="float32", **overrides):
     """Writes config.json and model.safetensors into `directory` and returns it. Keys of the configuration in overrides."""
+    if family == "step3":
+        return write_step3(directory, seed=seed, dtype=dtype, **overrides)
     model = build_model(family, seed=seed, dtype=dtype, **overrides)
     model.save_pretrained(directory)
     return directory
@@ -99,6 +102,79 @@ def _randomise(name, tensor):
         tensor.normal_(std=0.3)
     else:
         tensor.normal_(std=tensor.shape[-1] ** -0.5)
+
+
+STEP3 = {
+    "architectures": ["Step3TextForCausalLM"],
+    "model_type": "step3_text",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 72,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_attention_groups": 1,
+    "head_dim": 24,
+    "share_q_dim": 40,
+    "max_position_embedding": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "moe_num_experts": 6,
+    "moe_top_k": 3,
+    "moe_intermediate_size": 20,
+    "share_expert_dim": 28,
+    "norm_expert_weight": False,
+    "moe_layers_enum": "1,2",
+    "eos_token_id": 257,
+}
+
+
+def write_step3(directory, *, seed=0, dtype="float32", **overrides):
+    """A Step-3 as its hub repository lays it out: experts stacked, the fused query projection in its parts."""
+    config = {**STEP3, "torch_dtype": dtype, **overrides}
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(*shape):
+        return torch.randn(shape, generator=generator).mul(shape[-1] ** -0.5).to(getattr(torch, dtype))
+
+    def norm(size):
+        return torch.rand(size, generator=generator).add(0.5).to(getattr(torch, dtype))
+
+    def mlp(prefix, size, *stack):
+        return {
+            f"{prefix}.gate_proj.weight": matrix(*stack, size, hidden),
+            f"{prefix}.up_proj.weight": matrix(*stack, size, hidden),
+            f"{prefix}.down_proj.weight": matrix(*stack, hidden, size),
+        }
+
+    hidden, head_dim, rank = config["hidden_size"], config["head_dim"], config["share_q_dim"]
+    experts, queries = config["moe_num_experts"], config["num_attention_heads"] * head_dim
+    tensors = {
+        "model.embed_tokens.weight": matrix(VOCAB_SIZE, hidden),
+        "model.norm.weight": norm(hidden),
+        "lm_head.weight": matrix(VOCAB_SIZE, hidden),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        tensors |= {
+            f"{prefix}.input_layernorm.weight": norm(hidden),
+            f"{prefix}.post_attention_layernorm.weight": norm(hidden),
+            f"{prefix}.self_attn.q_proj.weight": matrix(rank, hidden),
+            f"{prefix}.self_attn.inter_norm.weight": norm(rank),
+            f"{prefix}.self_attn.wq.weight": matrix(queries, rank),
+            f"{prefix}.self_attn.k_proj.weight": matrix(head_dim, hidden),
+            f"{prefix}.self_attn.v_proj.weight": matrix(head_dim, hidden),
+            f"{prefix}.self_attn.o_proj.weight": matrix(hidden, queries),
+        }
+        if str(layer) in config["moe_layers_enum"].split(","):
+            tensors[f"{prefix}.moe.gate.weight"] = matrix(experts, hidden)
+            tensors |= mlp(f"{prefix}.moe", config["moe_intermediate_size"], experts)
+            tensors |= mlp(f"{prefix}.share_expert", config["share_expert_dim"])
+        else:
+            tensors |= mlp(f"{prefix}.mlp", config["intermediate_size"])
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(tensors, directory / "model.safetensors")
+    return directory
 
 
 CHAT_TEMPLATE = (
