@@ -48,11 +48,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt to continue, as the router hands it to an attention replica."""
+    """One prompt to continue, as the router hands it to an attention replica.
+
+    resumed_output_token_ids: output that another replica produced before it died. It counts as output everywhere
+    (positions of random numbers, max_tokens, min_tokens, penalties) and is not sent again.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    resumed_output_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
