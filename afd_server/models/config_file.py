@@ -15,16 +15,14 @@ from afd_server.errors import ModelError
 
 # Keys that say nothing about the result of a forward pass without dropout, or that other files of the checkpoint
 # (generation_config.json, the tokenizer's) speak for.
-HARMLESS = frozenset(
-    """
-    architectures auto_map attention_dropout aux_loss_alpha bos_token_id cache_implementation dtype
-    embd_pdrop eos_token_id ep_size id2label label2id initializer_range is_llama_config max_window_layers model_type
-    moe_router_use_sigmoid name_or_path num_nextn_predict_layers output_router_logits pad_token_id pretraining_tp
-    problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise seq_aux task_specific_params
-    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version unk_token_id use_cache
-    chunk_size_feed_forward
-    """.split()
-)
+HARMLESS = frozenset((
+    "architectures", "attention_dropout", "auto_map", "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward",
+    "dtype", "eos_token_id", "ep_size", "id2label", "initializer_range", "is_llama_config", "label2id",
+    "max_window_layers", "model_type", "name_or_path", "num_nextn_predict_layers", "output_router_logits",
+    "pad_token_id", "pretraining_tp", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "seq_aux",
+    "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_cache",
+))  # fmt: skip
 
 REQUIRED: Any = object()
 
