@@ -48,7 +48,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         config = read_tokenizer_config(Path(directory))
-        special_tokens = {
+        special_tokens: dict[str, Any] = {
             name: text for name in SPECIAL_NAMES if (text := _content(config.get(name))) is not None
         }
         if "additional_special_tokens" in config:
@@ -138,7 +138,7 @@ def _apply_begin_and_end(
         if token_id is None:
             raise ModelError(f"{path}: has no token {token!r}, which tokenizer_config.json adds to every text")
     single = [*([begin] if begin else []), "$A", *([end] if end else [])]
-    backend.post_processor = TemplateProcessing(single=single, special_tokens=ids)  # type: ignore[assignment]
+    backend.post_processor = TemplateProcessing(single=single, special_tokens=ids)
 
 
 def _content(token: Any) -> str | None:

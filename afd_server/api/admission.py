@@ -1,0 +1,226 @@
+"""From a body that is well formed to requests that the machine can run, or a refusal that names the field.
+
+What lives here: encoding of prompts, the checks that need the model (lengths, ids) or several fields, the defaults,
+the seeds. What does not: types and ranges of single fields (protocol.py). Nothing is computed for a refused request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from afd_server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
+from afd_server.api.settings import ApiSettings
+from afd_server.errors import ModelNotFoundError, PromptTooLongError, RequestError
+from afd_server.text.tokenizer import Tokenizer
+from afd_server.types import GenerationRequest, SamplingParams
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may use all that is left
+# All prompts and choices of one body: each costs memory before the scheduler sees it.
+MAX_CHOICES_IN_ALL = 2048
+# Above this many characters a text is encoded on another thread, so that the streams of others go on.
+LONG_TEXT = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """text: as the client wrote it, None for token ids."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One output to generate. index: its place among all choices of the answer."""
+
+    index: int
+    prompt_index: int
+    prompt: Prompt
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that one body asks for. prompts: as they are run, after truncation."""
+
+    response_id: str
+    created: int
+    prompts: tuple[Prompt, ...]
+    choices: tuple[Choice, ...]
+
+
+class Admission:
+    """Admits requests for one model. Without a seed of its own, a request gets one from the server's."""
+
+    def __init__(self, settings: ApiSettings, tokenizer: Tokenizer) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._seeds = random.Random(settings.seed)
+
+    async def admit_completion(self, body: CompletionRequest) -> Job:
+        """Raises RequestError."""
+        self._check_model(body.model)
+        if body.best_of is not None and body.best_of != body.n:
+            raise RequestError("best_of is not served beyond n", "best_of")
+        if body.echo and body.logprobs is not None:
+            raise RequestError("logprobs of the prompt are not served: leave out logprobs or echo", "logprobs")
+        if len(body.prompt) * body.n > MAX_CHOICES_IN_ALL:
+            raise RequestError(f"prompt: more than {MAX_CHOICES_IN_ALL} choices in all", "prompt")
+        prompts = [
+            Prompt(tuple(prompt))
+            if isinstance(prompt, list)
+            else Prompt(tuple(await self._encode(prompt, body.add_special_tokens)), prompt)
+            for prompt in body.prompt
+        ]
+        return self._job("cmpl", body, prompts, "prompt", body.logprobs, COMPLETION_MAX_TOKENS, body.max_tokens)
+
+    async def admit_chat(self, body: ChatCompletionRequest) -> Job:
+        """Raises RequestError, also for a model without a chat template."""
+        self._check_model(body.model)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        if body.continue_final_message and body.add_generation_prompt:
+            if "add_generation_prompt" in body.model_fields_set:
+                raise RequestError(
+                    "add_generation_prompt and continue_final_message exclude each other",
+                    "add_generation_prompt",
+                )
+            body = body.model_copy(update={"add_generation_prompt": False})
+        template = self._settings.chat_template
+        if template is None:
+            raise RequestError("this model has no chat template; use /v1/completions", "messages")
+        text = template.render(
+            [
+                message.model_dump(include={"role", "content", "name"}, exclude_none=True)
+                for message in body.messages
+            ],
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            variables=body.chat_template_kwargs,
+        )
+        prompt = Prompt(tuple(await self._encode(text, body.add_special_tokens)), text)
+        limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return self._job("chatcmpl", body, [prompt], "messages", num_logprobs, None, limit)
+
+    def _check_model(self, name: str | None) -> None:
+        served = self._settings.model_name
+        if name is not None and name != served:
+            raise ModelNotFoundError(f"the model {name!r} is not served here; {served!r} is", "model")
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) < LONG_TEXT:
+            return self._tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
+
+    def _job(
+        self,
+        kind: str,
+        body: GenerationFields,
+        prompts: Sequence[Prompt],
+        prompt_field: str,
+        num_logprobs: int | None,
+        default_max_tokens: int | None,
+        max_tokens: int | None,
+    ) -> Job:
+        """One choice for each of the prompts and 0..n-1. max_tokens: as the client set it, if it did."""
+        if body.stream_options is not None and not body.stream:
+            raise RequestError("stream_options needs stream to be true", "stream_options")
+        response_id = f"{kind}-{body.request_id or secrets.token_hex(16)}"
+        prompts = [self._fitted(prompt, body, prompt_field, max_tokens) for prompt in prompts]
+        choices = []
+        for prompt_index, prompt in enumerate(prompts):
+            room = self._settings.max_model_len - len(prompt.token_ids)
+            limit = self._max_tokens(max_tokens, default_max_tokens, room)
+            for number in range(body.n):
+                index = prompt_index * body.n + number
+                # The suffix keeps ids apart that a client uses twice.
+                name = f"{response_id}-{index}-{secrets.token_hex(4)}"
+                sampling = self._sampling(body, limit, number, num_logprobs)
+                request = GenerationRequest(name, prompt.token_ids, sampling)
+                choices.append(Choice(index, prompt_index, prompt, request))
+        return Job(response_id, int(time.time()), tuple(prompts), tuple(choices))
+
+    def _fitted(
+        self, prompt: Prompt, body: GenerationFields, prompt_field: str, max_tokens: int | None
+    ) -> Prompt:
+        """The prompt, cut from the left where the client asks for it. Raises when it is empty, too long or not ids."""
+        longest = self._settings.max_model_len
+        keep = body.truncate_prompt_tokens
+        if keep == -1:
+            keep = longest - max(1, max_tokens or 1)
+        if keep is not None and keep > longest:
+            raise RequestError(f"truncate_prompt_tokens: at most {longest}", "truncate_prompt_tokens")
+        if keep is not None and keep < len(prompt.token_ids):
+            prompt = Prompt(prompt.token_ids[len(prompt.token_ids) - max(keep, 0) :])
+        if not prompt.token_ids:
+            raise RequestError(f"{prompt_field}: there is no token to continue", prompt_field)
+        bound = self._settings.vocab_size
+        if prompt.text is None and not all(0 <= token_id < bound for token_id in prompt.token_ids):
+            raise RequestError(f"{prompt_field}: token ids are 0 to {bound - 1}", prompt_field)
+        if len(prompt.token_ids) + (max_tokens != 0) > longest:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt.token_ids)} tokens; prompt and output together may have {longest}",
+                prompt_field,
+            )
+        return prompt
+
+    def _max_tokens(self, given: int | None, default: int | None, room: int) -> int:
+        if given is not None:
+            if given > room:
+                raise RequestError(
+                    f"max_tokens: {given} are asked for, but the prompt leaves {room} of "
+                    f"{self._settings.max_model_len} tokens",
+                    "max_tokens",
+                )
+            return given
+        recommended = self._settings.default_sampling.get("max_tokens")
+        limits = [limit for limit in (default, recommended) if limit is not None]
+        return min(room, int(limits[0])) if limits else room
+
+    def _sampling(
+        self, body: GenerationFields, max_tokens: int, number: int, num_logprobs: int | None
+    ) -> SamplingParams:
+        """number: the choice's place among those of its prompt; each draws from a seed of its own."""
+        if max_tokens == 0 and not getattr(body, "echo", False):
+            raise RequestError("max_tokens: must be at least 1", "max_tokens")
+        if body.min_tokens > max_tokens:
+            raise RequestError(f"min_tokens: is above max_tokens, {max_tokens}", "min_tokens")
+        seed = self._seeds.getrandbits(63) if body.seed is None else body.seed + number
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=seed,
+            temperature=self._value(body, "temperature", 1.0),
+            top_p=self._value(body, "top_p", 1.0),
+            top_k=max(0, int(self._value(body, "top_k", 0))),
+            min_p=self._value(body, "min_p", 0.0),
+            repetition_penalty=self._value(body, "repetition_penalty", 1.0),
+            presence_penalty=self._value(body, "presence_penalty", 0.0),
+            frequency_penalty=self._value(body, "frequency_penalty", 0.0),
+            logit_bias=self._logit_bias(body.logit_bias or {}),
+            logprobs=num_logprobs,
+            stop_token_ids=self._stop_token_ids(body.stop_token_ids or ()),
+            min_tokens=body.min_tokens,
+            ignore_eos=body.ignore_eos,
+        )
+
+    def _value(self, body: GenerationFields, name: str, default: float) -> float:
+        given = getattr(body, name)
+        return self._settings.default_sampling.get(name, default) if given is None else given
+
+    def _stop_token_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        bound = self._settings.vocab_size
+        if not all(0 <= token_id < bound for token_id in token_ids):
+            raise RequestError(f"stop_token_ids: token ids are 0 to {bound - 1}", "stop_token_ids")
+        return tuple(dict.fromkeys(token_ids))
+
+    def _logit_bias(self, given: dict[str, float]) -> dict[int, float]:
+        bound = self._settings.vocab_size
+        if not all(key.isascii() and key.isdigit() and int(key) < bound for key in given):
+            raise RequestError(f"logit_bias: its keys are token ids, 0 to {bound - 1}", "logit_bias")
+        return {int(key): bias for key, bias in given.items()}

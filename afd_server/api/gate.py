@@ -1,0 +1,66 @@
+"""What stands before every route: the key, and the bound on a body's size.
+
+Plain ASGI, so that nothing of a refused request is read or parsed, and streams pass through untouched.
+"""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from afd_server.api.errors import error_body
+
+
+class Gate:
+    """Lets a request pass, or answers it itself: 401 below /v1 without the key, 413 for a body that says it is too
+    large. A body that turns out too large while it is read ends in 413 too."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+        self._app = app
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def bounded() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise HTTPException(413, self._too_large())
+            return message
+
+        await self._app(scope, bounded, send)
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> JSONResponse | None:
+        guarded = self._expected is not None and scope["path"].startswith("/v1")
+        if guarded and not self._knows_key(headers.get(b"authorization", b"")):
+            body = error_body(
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                type="authentication_error",
+                code="invalid_api_key",
+            )
+            return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            return JSONResponse(error_body(self._too_large(), type="invalid_request_error"), 413)
+        return None
+
+    def _knows_key(self, given: bytes) -> bool:
+        # In constant time: how long it takes must not tell how much of a guess was right.
+        return self._expected is not None and hmac.compare_digest(given, self._expected)
+
+    def _too_large(self) -> str:
+        return f"the body is larger than {self._max_body_bytes} bytes"

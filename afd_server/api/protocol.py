@@ -1,0 +1,217 @@
+"""The bodies that clients may send: every field of OpenAI's and vLLM's two routes, served or refused by name.
+
+What lives here: names, types and ranges, checked before anything else is done. What does not: what depends on the
+model or on other fields (admission.py). Unknown fields are refused; so are known ones that are not served, unless they
+hold a value that asks for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationInfo,
+)
+
+MAX_CHOICES = 128  # of one prompt
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024  # characters: each new token is compared with as many
+INT64 = 2**63
+
+
+def _finite(**bounds: Any) -> Any:
+    return Field(strict=True, allow_inf_nan=False, **bounds)
+
+
+def _refuse(value: Any, info: ValidationInfo) -> Any:
+    """Passes what asks for nothing: null, false, 0, empty."""
+    if value:
+        raise ValueError(f"{info.field_name} is not served")
+    return value
+
+
+def _refuse_except(*harmless: Any) -> AfterValidator:
+    def check(value: Any, info: ValidationInfo) -> Any:
+        return value if value in harmless else _refuse(value, info)
+
+    return AfterValidator(check)
+
+
+def _refuse_prompt_logprobs(value: Any) -> Any:
+    if value is not None and value is not False:  # 0 asks for those of the prompt's own tokens
+        raise ValueError("prompt_logprobs is not served")
+    return value
+
+
+def _prompts(value: Any) -> Any:
+    """A single prompt becomes a list of one. A prompt is text or token ids."""
+    if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_id, value))):
+        value = [value]
+    if not isinstance(value, list) or not all(map(_is_prompt, value)):
+        raise ValueError("must be a text, a list of token ids, or a list of either")
+    if not value:
+        raise ValueError("is empty")
+    return value
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(map(_is_id, value)))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _strings(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def _content(value: Any) -> Any:
+    """A message of text parts is their texts, one to a line."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"only text parts are served, not {kind or part!r}")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+NotServed = Annotated[Any, AfterValidator(_refuse)]
+Unused = Annotated[Any, Field(description="accepted; changes nothing")]
+StopString = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+MaxTokens = Annotated[StrictInt, Field(ge=0)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class StreamOptions(Body):
+    include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
+    include_obfuscation: NotServed = None
+
+
+class GenerationFields(Body):
+    """What both routes have in common. None: the model's recommendation, then OpenAI's default."""
+
+    model: StrictStr | None = None
+    stream: StrictBool | None = False
+    stream_options: StreamOptions | None = None
+
+    max_tokens: MaxTokens | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    temperature: Annotated[float, _finite(ge=0)] | None = None
+    top_p: Annotated[float, _finite(gt=0, le=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    min_p: Annotated[float, _finite(ge=0, le=1)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
+    presence_penalty: Annotated[float, _finite(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, _finite(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, _finite(gt=0)] | None = None
+    logit_bias: dict[StrictStr, Annotated[float, _finite(ge=-100, le=100)]] | None = None
+
+    stop: Annotated[list[StopString], BeforeValidator(_strings), Field(max_length=MAX_STOP_STRINGS)] = []
+    stop_token_ids: list[StrictInt] | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    ignore_eos: StrictBool = False
+    include_stop_str_in_output: StrictBool = False
+    skip_special_tokens: StrictBool = True
+    spaces_between_special_tokens: StrictBool = True
+    truncate_prompt_tokens: Annotated[StrictInt, Field(ge=-1)] | None = None
+    return_token_ids: StrictBool | None = None
+    return_tokens_as_token_ids: StrictBool | None = None
+    request_id: Annotated[StrictStr, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
+
+    # Words about the client, not about the output.
+    user: Unused = None
+    metadata: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
+    service_tier: Annotated[Any, _refuse_except("auto", "default")] = None
+
+    response_format: Annotated[Any, _refuse_except({"type": "text"})] = None
+    priority: NotServed = 0
+    length_penalty: Annotated[Any, _refuse_except(1)] = 1.0
+    use_beam_search: NotServed = False
+    prompt_logprobs: Annotated[Any, AfterValidator(_refuse_prompt_logprobs)] = None
+    allowed_token_ids: NotServed = None
+    bad_words: NotServed = None
+    logits_processors: NotServed = None
+    structured_outputs: NotServed = None
+    guided_json: NotServed = None
+    guided_regex: NotServed = None
+    guided_choice: NotServed = None
+    guided_grammar: NotServed = None
+    guided_decoding_backend: NotServed = None
+    guided_whitespace_pattern: NotServed = None
+    structural_tag: NotServed = None
+    cache_salt: NotServed = None
+    kv_transfer_params: NotServed = None
+    vllm_xargs: NotServed = None
+    lora_request: NotServed = None
+
+
+class CompletionRequest(GenerationFields):
+    prompt: Annotated[list[StrictStr | list[StrictInt]], BeforeValidator(_prompts)]
+    echo: StrictBool | None = False
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_special_tokens: StrictBool = True
+    best_of: Annotated[StrictInt, Field(ge=1)] | None = None
+    suffix: NotServed = None
+    prompt_embeds: NotServed = None
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[StrictStr, BeforeValidator(_content)]
+    name: StrictStr | None = None
+    refusal: NotServed = None
+    annotations: NotServed = None
+    audio: NotServed = None
+    tool_calls: NotServed = None
+    tool_call_id: NotServed = None
+    function_call: NotServed = None
+    reasoning_content: NotServed = None
+
+
+class ChatCompletionRequest(GenerationFields):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: StrictBool | None = False
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_special_tokens: StrictBool = False
+    add_generation_prompt: StrictBool = True
+    continue_final_message: StrictBool = False
+    chat_template_kwargs: dict[StrictStr, Any] | None = None
+
+    tools: NotServed = None
+    tool_choice: Annotated[Any, _refuse_except("none", "auto")] = None
+    functions: NotServed = None
+    function_call: Annotated[Any, _refuse_except("none", "auto")] = None
+    parallel_tool_calls: Unused = None
+    include_reasoning: Unused = None
+    reasoning_effort: Annotated[Any, _refuse_except("none")] = None
+    verbosity: NotServed = None
+    modalities: Annotated[Any, _refuse_except(["text"])] = None
+    audio: NotServed = None
+    prediction: NotServed = None
+    store: NotServed = None
+    web_search_options: NotServed = None
+    echo: NotServed = False
+    best_of: Annotated[Any, _refuse_except(1)] = None
+    documents: NotServed = None
+    chat_template: NotServed = None
+    mm_processor_kwargs: NotServed = None

@@ -1,0 +1,43 @@
+"""What the front-end is told once, and what it needs of the machine behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from afd_server.text.chat_template import ChatTemplate
+from afd_server.types import GenerationRequest, RequestOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiSettings:
+    """The front-end's share of a server's settings.
+
+    max_model_len: prompt and output of a request, tokens. vocab_size: rows of the model's embedding, the bound of ids.
+    created: when the server started, seconds since 1970. seed: from which seeds of requests without one are drawn.
+    default_sampling: request field -> value, for what a request leaves open (text.generation_defaults).
+    """
+
+    model_name: str
+    max_model_len: int
+    vocab_size: int
+    chat_template: ChatTemplate | None = None
+    api_key: str | None = None
+    version: str = ""
+    created: int = 0
+    seed: int = 0
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
+    max_body_bytes: int = 16 * 2**20
+
+
+class Service(Protocol):
+    """Whatever generates. Closing the iterator early frees what the request holds."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+        """All that the request gives, until an output with a finish_reason. Raises UnavailableError."""
+        ...
+
+    def health(self) -> list[str]:
+        """A sentence for each thing that keeps it from serving; empty when ready."""
+        ...

@@ -1,0 +1,147 @@
+"""Sending the answer: as one JSON body, or as server-sent events while it grows.
+
+What lives here: the order of chunks, and what happens when the client leaves: its work ends at once. What does not:
+the chunks' content (responses.py). Source of the event format: html.spec.whatwg.org, server-sent events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from afd_server.api.errors import describe
+from afd_server.api.generation import Piece
+from afd_server.api.protocol import GenerationFields
+from afd_server.api.responses import Answer, Usage, joined
+from afd_server.errors import ServingError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientLeftError(Exception):
+    """The client closed its connection before its answer was ready."""
+
+
+async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled, and awaited to its end, when the client disconnects first.
+
+    `receive` belongs to a request whose body has been read. Raises ClientLeftError, and UnavailableError when the
+    server ends and waits no longer (it cancels the request's task then).
+    """
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_until_disconnected(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeftError
+        return working.result()
+    except asyncio.CancelledError:
+        raise UnavailableError("the server is shutting down") from None
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _until_disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def collect(pieces: AsyncGenerator[Piece, None], answer: Answer, usage: Usage) -> dict[str, Any]:
+    """The whole answer, when every choice has ended. Raises ServingError."""
+    of_choice: dict[int, list[Piece]] = defaultdict(list)
+    async with aclosing(pieces):
+        async for piece in pieces:
+            usage.add(piece)
+            of_choice[piece.choice.index].append(piece)
+    return answer.whole({index: joined(parts) for index, parts in of_choice.items()}, usage)
+
+
+async def events(
+    pieces: AsyncGenerator[Piece, None], answer: Answer, usage: Usage, body: GenerationFields
+) -> AsyncGenerator[bytes, None]:
+    """The answer as events. A failure before the first one is raised; later ones become the stream's last event."""
+    options = body.stream_options
+    with_usage = options is not None and options.include_usage
+    always = with_usage and options is not None and options.continuous_usage_stats
+    opened: set[int] = set()
+
+    def event(chunk: dict[str, Any]) -> bytes:
+        if with_usage and "usage" not in chunk:  # OpenAI: null in every chunk but the last
+            chunk["usage"] = usage.body() if always else None
+        return encoded(chunk)
+
+    try:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                usage.add(piece)
+                if piece.choice.index not in opened:
+                    opened.add(piece.choice.index)
+                    opening = answer.opening(piece.choice)
+                    if opening is not None:
+                        yield event(opening)
+                if _worth_sending(piece, body):
+                    yield event(answer.chunk(piece))
+    except Exception as error:
+        if not opened:
+            raise
+        if not isinstance(error, ServingError):
+            logger.exception("a stream failed")
+        yield encoded(describe(error)[1])
+        return
+    if with_usage:
+        yield event(answer.last(usage))
+    yield DONE
+
+
+def _worth_sending(piece: Piece, body: GenerationFields) -> bool:
+    return bool(piece.text or piece.finish_reason or piece.logprobs or body.return_token_ids)
+
+
+def encoded(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+
+
+class EventStream(Response):
+    """An answer of events. `first` was awaited before the status line is sent, so that early failures have theirs."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]  # unknown; the server sends chunks
+        self._first, self._rest = first, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_client_leaves(receive, self._send_all(send))
+        except UnavailableError as error:
+            await _send_part(send, encoded(describe(error)[1]))
+            await _send_part(send, b"", more=False)
+        except (ClientLeftError, OSError):
+            logger.debug("a client left its stream")
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._rest):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await _send_part(send, self._first)
+            async for event in self._rest:
+                await _send_part(send, event)
+        await _send_part(send, b"", more=False)
+
+
+async def _send_part(send: Send, part: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": part, "more_body": more})
