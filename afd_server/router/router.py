@@ -122,7 +122,9 @@ class Router:
 
     def health(self) -> list[str]:
         """One sentence for each replica that cannot be reached."""
-        return [f"{name} is not connected" for name, replica in self._replicas.items() if replica.reader is None]
+        return [
+            f"{name} is not connected" for name, replica in self._replicas.items() if replica.reader is None
+        ]
 
     # --- the choice ------------------------------------------------------------------------------------------------
 
@@ -157,7 +159,9 @@ class Router:
     def _listen(self, replica: _Replica) -> None:
         # Listening begins here and not when the task first runs: no update may be missed in between.
         updates = replica.client.updates()
-        replica.reader = asyncio.create_task(self._read(replica, updates), name=f"router-{replica.client.worker}")
+        replica.reader = asyncio.create_task(
+            self._read(replica, updates), name=f"router-{replica.client.worker}"
+        )
 
     async def _read(self, replica: _Replica, updates: AsyncIterator[ReplicaUpdate]) -> None:
         try:
