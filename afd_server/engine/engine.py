@@ -1,0 +1,88 @@
+"""The engine: one step from a plan to the tokens, with the account kept whatever happens on the way.
+
+What lives here: the order of plan, execution and account, and what an error in between means. What does not: the thread
+that calls it (loop.py), the decisions (scheduler.py, micro_batches.py) and the execution (attention/worker.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from afd_server.engine.micro_batches import MicroBatchChooser
+from afd_server.engine.scheduler import Scheduler
+from afd_server.errors import RequestError, WorkerError
+from afd_server.types import (
+    FinishReason,
+    GenerationRequest,
+    ReplicaStats,
+    ReplicaUpdate,
+    RequestOutput,
+    StepOutput,
+    StepPlan,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """What carries a plan out: the attention worker, or a toy in tests."""
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """The next token of every request of the plan that samples. Raises WorkerError."""
+
+
+class Engine:
+    """The requests of one replica, step by step. Used by one thread; no method raises for what a request can cause."""
+
+    def __init__(self, executor: Executor, scheduler: Scheduler, chooser: MicroBatchChooser) -> None:
+        self._executor = executor
+        self._scheduler = scheduler
+        self._chooser = chooser
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def submit(self, request: GenerationRequest) -> list[RequestOutput]:
+        """Queues a request. One that cannot be served ends at once, by an output that says why."""
+        try:
+            self._scheduler.add(request)
+        except RequestError as error:
+            return [RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=str(error))]
+        return []
+
+    def abort(self, request_id: str) -> list[RequestOutput]:
+        """Ends a request, frees its blocks and gives its last output; nothing when it is not here (any more)."""
+        return self._scheduler.abort(request_id)
+
+    def abort_all(self) -> list[RequestOutput]:
+        return self._scheduler.abort_all()
+
+    def step(self) -> ReplicaUpdate:
+        """Runs the next step. When it fails, its requests end with the error's sentence and the others go on."""
+        outputs: list[RequestOutput] = []
+        timing = None
+        try:
+            plan = self._scheduler.schedule(self._chooser.choose)
+            if plan is None:
+                return ReplicaUpdate((), self.stats())
+            output = self._executor.execute(plan)
+            outputs += self._scheduler.complete(output)
+            timing = output.timing
+            self._chooser.observe(output.timing)
+        except WorkerError as error:
+            logger.error("a step failed: %s", error)
+            outputs += self._scheduler.fail_step(str(error))
+        except Exception as error:  # whatever it is, the other requests must not wait for ever
+            logger.exception("a step failed by a bug of this server")
+            outputs += self._scheduler.fail_step(f"internal error: {type(error).__name__}: {error}")
+        return ReplicaUpdate(tuple(outputs), self._scheduler.stats(timing))
+
+    def stats(self) -> ReplicaStats:
+        """The state between two steps."""
+        return self._scheduler.stats()
+
+    def check(self) -> None:
+        """Raises BlockAccountError when blocks have been lost."""
+        self._scheduler.check()

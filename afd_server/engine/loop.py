@@ -1,0 +1,100 @@
+"""The one thread of an attention replica: it takes requests in, runs step after step, and sleeps when there are none.
+
+What lives here: the thread, the queue before it and the updates after it. What does not: what a step is (engine.py).
+Whoever carries requests (the control server, or the router in the same process) calls `submit` and `abort` from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from afd_server.engine.engine import Engine
+from afd_server.errors import UnavailableError
+from afd_server.kvcache.block_pool import BlockAccountError
+from afd_server.types import GenerationRequest, ReplicaUpdate, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """Runs an engine from construction until `stop`.
+
+    on_update: called on the loop's thread with everything that a step or a command changed, so no change of the
+    statistics goes without one. It must not block. What it raises is logged and goes no further.
+    """
+
+    def __init__(self, engine: Engine, on_update: Callable[[ReplicaUpdate], None]) -> None:
+        self._engine = engine
+        self._on_update = on_update
+        self._wake = threading.Condition()
+        self._commands: deque[GenerationRequest | str] = deque()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queues a request; its outputs come with the updates. Raises UnavailableError after `stop`."""
+        with self._wake:
+            if self._stopping:
+                raise UnavailableError("this attention worker is stopping")
+            self._commands.append(request)
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next step. Does nothing when it is unknown or has ended."""
+        with self._wake:
+            if not self._stopping:
+                self._commands.append(request_id)
+                self._wake.notify()
+
+    def stop(self) -> None:
+        """Returns when the step under way is over and the thread has ended. What is unfinished ends as aborted."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            commands, stopping = self._next_commands()
+            outputs = [output for command in commands for output in self._carry_out(command)]
+            if stopping:
+                outputs += self._engine.abort_all()
+            if outputs:
+                self._publish(ReplicaUpdate(tuple(outputs), self._engine.stats()))
+            if stopping:
+                return
+            if self._engine.has_work:
+                self._publish(self._engine.step())
+            if not self._engine.has_work:
+                self._check()
+
+    def _next_commands(self) -> tuple[Sequence[GenerationRequest | str], bool]:
+        """What came since the last step; sleeps for it when there is nothing to run."""
+        with self._wake:
+            while not (self._commands or self._stopping or self._engine.has_work):
+                self._wake.wait()
+            commands = list(self._commands)
+            self._commands.clear()
+            return commands, self._stopping
+
+    def _carry_out(self, command: GenerationRequest | str) -> list[RequestOutput]:
+        if isinstance(command, str):
+            return self._engine.abort(command)
+        return self._engine.submit(command)
+
+    def _check(self) -> None:
+        """Idle: the time to see that no block was lost."""
+        try:
+            self._engine.check()
+        except BlockAccountError:
+            logger.exception("the account of KV blocks is wrong; this is a bug of this server")
+
+    def _publish(self, update: ReplicaUpdate) -> None:
+        try:
+            self._on_update(update)
+        except Exception:
+            logger.exception("an update could not be delivered")

@@ -1,0 +1,278 @@
+"""What runs in each step: which requests, how many tokens of each, in which KV blocks, in which micro-batch.
+
+What lives here: continuous batching and its account. What does not: tensors and the KV cache behind the blocks, the
+sampler, threads (loop.py), and how many micro-batches are best (micro_batches.py). Called by engine.py: `schedule`
+makes a plan, then either `complete` takes its result or `fail_step` says that there is none; everything else comes
+between two steps.
+
+The rules, in order. First come, first served: nobody is admitted before one who came earlier. A step first gives every
+decoding request its one token, then fills the rest of its token budget with prompts. A request is admitted when the
+blocks for all of its known tokens are free, so reading a prompt never stops half-way for want of blocks. A decoding
+request that needs a block when none is free takes those of the request that came last, itself included: that one is
+preempted, and computed again when there is room. The oldest request is therefore never held up, and since every
+request of full length fits the cache alone, everyone becomes the oldest in time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+from afd_server.config import ServeConfig
+from afd_server.engine.micro_batches import divide
+from afd_server.engine.request_state import RequestState
+from afd_server.errors import RequestError
+from afd_server.kvcache.block_pool import BlockPool, extend_keys
+from afd_server.types import (
+    FinishReason,
+    GenerationRequest,
+    ReplicaStats,
+    RequestOutput,
+    StepOutput,
+    StepPlan,
+    StepTiming,
+)
+
+
+class Scheduler:
+    """All requests of one attention replica. Used by one thread. `config` is a resolved one."""
+
+    def __init__(self, config: ServeConfig, *, num_blocks: int, eos_token_ids: Sequence[int]) -> None:
+        assert config.max_model_len is not None
+        assert num_blocks * config.block_size >= config.max_model_len, "one request of full length must fit"
+        self._max_model_len = config.max_model_len
+        self._max_running = config.max_num_seqs
+        self._max_step_tokens = config.max_num_batched_tokens
+        self._chunked_prefill = config.enable_chunked_prefill
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
+        # Both in order of arrival, and all that run came before all that wait.
+        self._running: list[RequestState] = []
+        self._waiting: deque[RequestState] = deque()
+        self._requests: dict[str, RequestState] = {}
+        self._step = 0
+        self._under_way: StepPlan | None = None
+        self._to_forget: list[str] = []
+        self._num_preemptions = 0
+        self._queried_tokens = 0
+        self._hit_tokens = 0
+
+    # --- requests come and go, between steps -----------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queues a request. Raises RequestError for one that can yield no token, or whose id is taken."""
+        if request.request_id in self._requests:
+            raise RequestError(f"request id {request.request_id} is in use already", "request_id")
+        state = RequestState.accept(request, self._max_model_len)
+        self._requests[request.request_id] = state
+        self._waiting.append(state)
+
+    def abort(self, request_id: str) -> list[RequestOutput]:
+        """Ends a request and frees its blocks. Gives its last output; nothing when it is not here (any more)."""
+        assert self._under_way is None, "requests are aborted between steps"
+        state = self._requests.get(request_id)
+        if state is None:
+            return []
+        self._remove(state)
+        return [RequestOutput(request_id, finish_reason=FinishReason.ABORT)]
+
+    def abort_all(self) -> list[RequestOutput]:
+        """Ends every request."""
+        return [output for request_id in list(self._requests) for output in self.abort(request_id)]
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def schedule(self, choose_micro_batches: Callable[[Sequence[int]], int]) -> StepPlan | None:
+        """The next step, None when there is no request.
+
+        choose_micro_batches: from the number of tokens of each request in the step to the number of micro-batches.
+        """
+        assert self._under_way is None, "the last step has neither been completed nor failed"
+        if not self.has_work:
+            return None
+        budget, preempted = self._schedule_decodes(self._max_step_tokens)
+        budget = self._schedule_prefills(budget)
+        # After a preemption the blocks are what is short: whoever would be admitted now would be preempted next.
+        admitted = [] if preempted else self._admit(budget)
+        scheduled = [state for state in self._running if state.num_scheduled]
+        assert scheduled, "requests wait and none can run"
+        num_tokens = [state.num_scheduled for state in scheduled]
+        self._step += 1
+        self._under_way = StepPlan(
+            self._step,
+            tuple(
+                tuple(scheduled[index].scheduled() for index in micro_batch)
+                for micro_batch in divide(num_tokens, choose_micro_batches(num_tokens))
+            ),
+            started=tuple(state.started() for state in admitted),
+            finished=tuple(self._to_forget),
+        )
+        self._to_forget = []
+        return self._under_way
+
+    def complete(self, output: StepOutput) -> list[RequestOutput]:
+        """Takes in what the step gave: one output for each request that got a token, ended or not."""
+        plan = self._under_way
+        assert plan is not None and output.step == plan.step, f"no step {output.step} is under way"
+        sampled = {token.request_id: token for token in output.tokens}
+        asked = {part.request_id for part in chain.from_iterable(plan.micro_batches) if part.samples}
+        assert sampled.keys() == asked, "the worker sampled other requests than the plan asked for"
+        self._under_way = None
+        outputs = []
+        for part in chain.from_iterable(plan.micro_batches):
+            state = self._requests[part.request_id]
+            state.num_computed += state.num_scheduled
+            state.num_scheduled = 0
+            self._register_full_blocks(state)
+            if part.samples:
+                outputs.append(state.append(sampled[part.request_id], self._eos_token_ids, self._max_model_len))
+                if outputs[-1].finish_reason is not None:
+                    self._remove(state)
+        return outputs
+
+    def fail_step(self, error: str) -> list[RequestOutput]:
+        """Ends the requests of the step under way with this sentence; of all requests, when there was no plan yet.
+
+        What the step wrote into the KV cache is unknown, but only these requests hold those blocks, and the prefix
+        cache has not been told of them.
+        """
+        if self._under_way is None:
+            failed = list(self._requests)
+        else:
+            plan, self._under_way = self._under_way, None
+            failed = [part.request_id for part in chain.from_iterable(plan.micro_batches)]
+            self._to_forget = list(plan.finished)  # the worker may not have come to it
+        for request_id in failed:
+            self._remove(self._requests[request_id])
+        return [RequestOutput(name, finish_reason=FinishReason.ERROR, error=error) for name in failed]
+
+    # --- the account -----------------------------------------------------------------------------------------------
+
+    def stats(self, timing: StepTiming | None = None) -> ReplicaStats:
+        """The replica's state now. timing: of the step that led to it."""
+        return ReplicaStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._pool.num_free,
+            num_preemptions=self._num_preemptions,
+            prefix_cache_queried_tokens=self._queried_tokens,
+            prefix_cache_hit_tokens=self._hit_tokens,
+            timing=timing,
+        )
+
+    def check(self) -> None:
+        """Raises BlockAccountError unless every block is free or held by a request."""
+        self._pool.check(state.blocks for state in self._requests.values())
+
+    # --- inside a step ---------------------------------------------------------------------------------------------
+
+    def _schedule_decodes(self, budget: int) -> tuple[int, bool]:
+        """One token for each decoding request, oldest first. (tokens left, whether any request was preempted)"""
+        preempted_before = self._num_preemptions
+        for state in [state for state in self._running if state.num_uncomputed == 1]:
+            if budget == 0:
+                break
+            if state not in self._running:
+                continue  # preempted for an older one
+            if self._needs_block(state):
+                if not self._make_room(state):
+                    continue
+                state.blocks += self._pool.allocate(1)
+            state.num_scheduled = 1
+            budget -= 1
+        return budget, self._num_preemptions > preempted_before
+
+    def _make_room(self, state: RequestState) -> bool:
+        """Preempts the latest requests until a block is free; False when `state` itself had to go.
+
+        None of them is in the step yet: decodes are scheduled oldest first, and before any prompt.
+        """
+        while self._pool.num_free == 0:
+            latest = self._running[-1]
+            self._preempt(latest)
+            if latest is state:
+                return False
+        return True
+
+    def _needs_block(self, state: RequestState) -> bool:
+        return state.num_computed == len(state.blocks) * self._pool.block_size
+
+    def _schedule_prefills(self, budget: int) -> int:
+        """What is left of prompts that are being read, oldest first. Their blocks are theirs since they were admitted."""
+        for state in self._running:
+            if state.num_uncomputed > 1 and budget:
+                state.num_scheduled = min(state.num_uncomputed, budget)
+                budget -= state.num_scheduled
+        return budget
+
+    def _admit(self, budget: int) -> list[RequestState]:
+        """Moves waiting requests into the step while budget, places and blocks last."""
+        admitted = []
+        while self._waiting and budget and len(self._running) < self._max_running:
+            state = self._waiting[0]
+            cached = self._find_cached(state)
+            num_uncomputed = len(state.token_ids) - len(cached) * self._pool.block_size
+            if num_uncomputed > budget and not self._chunked_prefill:
+                break
+            num_new = -(-len(state.token_ids) // self._pool.block_size) - len(cached)
+            if num_new + self._pool.num_free_among(cached) > self._pool.num_free:
+                break
+            self._waiting.popleft()
+            self._pool.take(cached)
+            state.blocks = cached + self._pool.allocate(num_new)
+            state.num_computed = len(cached) * self._pool.block_size
+            state.num_registered = len(cached)
+            self._count_cached(state)
+            state.num_scheduled = min(num_uncomputed, budget)
+            budget -= state.num_scheduled
+            self._running.append(state)
+            admitted.append(state)
+        return admitted
+
+    def _find_cached(self, state: RequestState) -> list[int]:
+        if not self._pool.enable_prefix_caching:
+            return []
+        extend_keys(state.keys, state.token_ids, self._pool.block_size)
+        return self._pool.find_prefix(state.keys, len(state.token_ids))
+
+    def _count_cached(self, state: RequestState) -> None:
+        """Once per request: what it finds again after a preemption is its own."""
+        if state.cached_tokens is None:
+            state.cached_tokens = min(state.num_computed, state.num_prompt)
+            if self._pool.enable_prefix_caching:
+                self._queried_tokens += state.num_prompt
+                self._hit_tokens += state.cached_tokens
+
+    def _preempt(self, state: RequestState) -> None:
+        self._running.remove(state)
+        self._pool.release(state.blocks)
+        state.forget_computed()
+        self._to_forget.append(state.request_id)
+        self._waiting.appendleft(state)
+        self._num_preemptions += 1
+
+    def _register_full_blocks(self, state: RequestState) -> None:
+        if not self._pool.enable_prefix_caching:
+            return
+        num_full = state.num_computed // self._pool.block_size
+        if num_full > len(state.keys):
+            extend_keys(state.keys, state.token_ids, self._pool.block_size)
+        for index in range(state.num_registered, num_full):
+            self._pool.register(state.blocks[index], state.keys[index])
+        state.num_registered = max(state.num_registered, num_full)
+
+    def _remove(self, state: RequestState) -> None:
+        """It has ended: nothing of it stays but the prefixes it leaves in the cache."""
+        del self._requests[state.request_id]
+        if state in self._running:
+            self._running.remove(state)
+            self._to_forget.append(state.request_id)
+        else:
+            self._waiting.remove(state)
+        self._pool.release(state.blocks)
