@@ -152,7 +152,7 @@ def _check_type(setting: Field[Any], value: Any) -> None:
             raise ConfigError(flag(setting.name), "has no value")
         return
     kind = wanted.split(" ")[0]
-    accepted = {"str": str, "int": int, "float": (int, float), "bool": bool}[kind]
+    accepted: tuple[type, ...] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
         raise ConfigError(flag(setting.name), f"{value!r} is not of type {kind}")
     choices = setting.metadata["choices"]

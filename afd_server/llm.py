@@ -91,8 +91,10 @@ class LocalWorkers:
 
     def stop(self) -> None:
         """Ends every thread: attention first, so that no call is left without an answer."""
-        for worker in (*self.attention, *self.ffn):
-            worker.stop()
+        for replica in self.attention:
+            replica.stop()
+        for server in self.ffn:
+            server.stop()
 
 
 class LLM:

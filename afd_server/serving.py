@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from socket import socket
@@ -19,6 +19,7 @@ from typing import Protocol
 from afd_server import __version__
 from afd_server.api.app import create_app
 from afd_server.api.server import bind_port, serve
+from afd_server.api.settings import ApiSettings
 from afd_server.checkpoints.default_model import afd_home, default_model, default_moe
 from afd_server.checkpoints.locate import locate_model
 from afd_server.cluster.layout import resolve
@@ -30,6 +31,8 @@ from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.router import Router
 from afd_server.telemetry.logs import configure_logging
 from afd_server.telemetry.metrics import Metrics
+from afd_server.text.chat_template import ChatTemplate
+from afd_server.text.generation_defaults import read_generation_defaults
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.types import GenerationRequest, RequestOutput
 
@@ -53,7 +56,7 @@ class Service:
     """What the front-end sees: requests and health, also while there is no worker yet."""
 
     def __init__(self, workers: Workers) -> None:
-        self._workers = workers
+        self.workers = workers
         self._router: Router | None = None
 
     def open(self, router: Router) -> None:
@@ -71,7 +74,7 @@ class Service:
     def health(self) -> list[str]:
         if self._router is None:
             return ["the workers are still starting"]
-        return [*self._workers.health(), *self._router.health()]
+        return [*self.workers.health(), *self._router.health()]
 
 
 def run_server(config: ServeConfig) -> int:
@@ -82,10 +85,15 @@ def run_server(config: ServeConfig) -> int:
     spec = read_model_spec(directory)
     config = resolve(config, spec, directory)
     tokenizer = Tokenizer.load(directory)
+    settings = _api_settings(config, spec, tokenizer)
     listening = bind_port(config.host, config.port)
     workers = _workers(config)
+    service = Service(workers)
+    metrics = Metrics(settings.model_name)
+    app = create_app(settings, service, tokenizer, metrics)
     try:
-        asyncio.run(_serve(config, spec, tokenizer, workers, listening))
+        front_end = serve(app, config.host, config.port, config.shutdown_timeout, sockets=[listening])
+        asyncio.run(_run(front_end, _run_workers(config, spec, service, metrics, _url(listening))))
     finally:
         listening.close()
         workers.stop()
@@ -102,30 +110,37 @@ def _workers(config: ServeConfig) -> Workers:
     return RayCluster(config)
 
 
-async def _serve(
-    config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer, workers: Workers, listening: socket
-) -> None:
-    service = Service(workers)
-    metrics = Metrics(config.served_model_name)
-    app = create_app(_api_settings(config, spec), service, tokenizer, metrics)
-    host, port = listening.getsockname()[:2]
-    front_end = asyncio.create_task(serve(app, host, port, config.shutdown_timeout, sockets=[listening]))
-    machine = asyncio.create_task(
-        _run_workers(config, spec, workers, service, metrics, f"http://{host}:{port}")
-    )
+async def _run(front_end: Coroutine[None, None, None], machine: Coroutine[None, None, None]) -> None:
+    """Both side by side: the front-end ends by a signal, the machine only by an error."""
+    serving, working = asyncio.create_task(front_end), asyncio.create_task(machine)
     try:
-        # The front-end ends by a signal, the machine only by an error.
-        await asyncio.wait((front_end, machine), return_when=asyncio.FIRST_COMPLETED)
-        if not front_end.done():
-            machine.result()  # raises what ended it
+        await asyncio.wait((serving, working), return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            working.result()  # raises what ended it
+        serving.result()
     finally:
-        for task in (machine, front_end):
+        for task in (working, serving):
             task.cancel()
-        await asyncio.gather(machine, front_end, return_exceptions=True)
+        await asyncio.gather(working, serving, return_exceptions=True)
+
+
+def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) -> ApiSettings:
+    assert config.served_model_name and config.max_model_len
+    return ApiSettings(
+        model_name=config.served_model_name,
+        max_model_len=config.max_model_len,
+        vocab_size=spec.vocab_size,
+        chat_template=ChatTemplate.load(config.model, tokenizer.special_tokens),
+        api_key=config.api_key,
+        version=__version__,
+        created=int(time.time()),
+        seed=config.seed,
+        default_sampling=read_generation_defaults(config.model),
+    )
 
 
 async def _run_workers(
-    config: ServeConfig, spec: ModelSpec, workers: Workers, service: Service, metrics: Metrics, url: str
+    config: ServeConfig, spec: ModelSpec, service: Service, metrics: Metrics, url: str
 ) -> None:
     """Starts the workers, opens the service, and watches over them until cancelled."""
     began = time.monotonic()
@@ -135,11 +150,11 @@ async def _run_workers(
         config.ffn_workers,
         config.executor,
     )
-    started = await asyncio.to_thread(workers.start)
-    async with Router(await workers.connect(), metrics.observe_step) as router:
+    started = await asyncio.to_thread(service.workers.start)
+    async with Router(await service.workers.connect(), metrics.observe_step) as router:
         service.open(router)
         print(_ready_lines(config, spec, started, url, time.monotonic() - began), flush=True)
-        await workers.supervise(router)
+        await service.workers.supervise(router)
 
 
 def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: str, seconds: float) -> str:
@@ -166,6 +181,11 @@ def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: st
             *(f"  {k:<{width}}  {v}" for k, v in lines.items()),
         ]
     )
+
+
+def _url(listening: socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _count(workers: Sequence[WorkerInfo], noun: str) -> str:

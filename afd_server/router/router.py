@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -89,7 +89,7 @@ class Router:
         for flight in list(self._waiting):
             self._end(flight, UnavailableError("the server is shutting down"))
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """The request's outputs, the last one with a finish_reason. Closing the iterator early aborts the request.
 
         Raises UnavailableError when no replica is there to take it, or when its replica died and none came in time.
