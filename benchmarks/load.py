@@ -132,8 +132,12 @@ def main() -> int:
     parser.add_argument("--timeout-s", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(f"{'clients':>7} {'tok/s':>8} {'TTFT p50':>9} {'p99':>8} {'TPOT p50':>9} {'p99':>8}   within {arguments.tpot_ms:g} ms")
-    asyncio.run(measure(arguments.url, arguments.api_key, 1, arguments))  # the first request pays for first touches
+    print(
+        f"{'clients':>7} {'tok/s':>8} {'TTFT p50':>9} {'p99':>8} {'TPOT p50':>9} {'p99':>8}   within {arguments.tpot_ms:g} ms"
+    )
+    asyncio.run(
+        measure(arguments.url, arguments.api_key, 1, arguments)
+    )  # the first request pays for first touches
     results = []
     for concurrency in arguments.concurrency:
         result = asyncio.run(measure(arguments.url, arguments.api_key, concurrency, arguments))
