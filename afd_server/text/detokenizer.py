@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from afd_server.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character, or not yet one
+CONTINUATION_BYTES = {bytes([byte]) for byte in range(0x80, 0xC0)}  # UTF-8: never the first of a character
 # A character has at most four bytes, so a tail that is still broken after this many tokens stays broken.
 MAX_HELD_TOKENS = 16
 # How much of the prompt the first token is decoded with: decoders drop a leading space at the very beginning only.
@@ -61,10 +62,14 @@ class Detokenizer:
 
     def _release(self, text: str) -> str:
         new = text[len(self._context) :]
-        if new:  # else the context stays: a space dropped at the very beginning shows with the next token
-            self._ids = self._ids[-self._num_held :]
-            self._context = self._decode(self._ids)
-            self._num_held = 0
+        if not new:  # the context stays: a space dropped at the very beginning shows with the next token
+            return new
+        ids = self._ids[-self._num_held :]
+        context = self._decode(ids)
+        if context.startswith(REPLACEMENT) and not new.startswith(REPLACEMENT):
+            # They begin inside a character, which the prompt began: alone they would spoil what follows.
+            ids, context = self._ids, text
+        self._ids, self._context, self._num_held = ids, context, 0
         return new
 
     def _decode(self, token_ids: Sequence[int]) -> str:
@@ -72,11 +77,11 @@ class Detokenizer:
 
     def _prompt_tail(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The last tokens of the prompt, a few more where the cut would fall inside a character."""
-        for length in range(PROMPT_TAIL_TOKENS, PROMPT_TAIL_TOKENS + 4):
-            tail = list(prompt_token_ids[-length:])
-            if not self._decode(tail).startswith(REPLACEMENT):
-                break
-        return tail
+        start = max(0, len(prompt_token_ids) - PROMPT_TAIL_TOKENS)
+        least = max(0, start - 3)
+        while start > least and self._tokenizer.token_bytes(prompt_token_ids[start])[:1] in CONTINUATION_BYTES:
+            start -= 1
+        return list(prompt_token_ids[start:])
 
 
 class StopStrings:

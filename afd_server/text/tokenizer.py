@@ -1,7 +1,8 @@
 """A model's tokenizer, read from its directory: text to ids, ids to text, and the bytes behind each id.
 
-What lives here: `tokenizer.json` through the tokenizers library, and the few words of `tokenizer_config.json` that
-change what it does. What does not: text that grows token by token (detokenizer.py), the chat template.
+What lives here: `tokenizer.json` through the tokenizers library, and the names of special tokens, which only
+`tokenizer_config.json` tells. Which tokens stand around every text is tokenizer.json's say alone, as in transformers 5.
+What does not live here: text that grows token by token (detokenizer.py), the chat template.
 Output is not "cleaned up" (spaces before punctuation stay): a stream could not take back what it has sent.
 """
 
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from afd_server.errors import ModelError
 
@@ -55,7 +55,6 @@ class Tokenizer:
             special_tokens["additional_special_tokens"] = [
                 _content(token) for token in config["additional_special_tokens"] or ()
             ]
-        _apply_begin_and_end(backend, config, special_tokens, path)
         return cls(backend, special_tokens)
 
     @property
@@ -121,24 +120,6 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{path}: does not hold a JSON object")
     return config
-
-
-def _apply_begin_and_end(
-    backend: tokenizers.Tokenizer, config: dict[str, Any], special_tokens: dict[str, Any], path: Path
-) -> None:
-    """What a configuration says of tokens around every text outweighs the post-processor of tokenizer.json."""
-    if config.get("add_bos_token") is None and config.get("add_eos_token") is None:
-        return
-    begin, end = (
-        special_tokens.get(name) if config.get(f"add_{name}") else None for name in ("bos_token", "eos_token")
-    )
-    around = [token for token in (begin, end) if token is not None]
-    ids = [(token, backend.token_to_id(token)) for token in around]
-    for token, token_id in ids:
-        if token_id is None:
-            raise ModelError(f"{path}: has no token {token!r}, which tokenizer_config.json adds to every text")
-    single = [*([begin] if begin else []), "$A", *([end] if end else [])]
-    backend.post_processor = TemplateProcessing(single=single, special_tokens=ids)
 
 
 def _content(token: Any) -> str | None:

@@ -57,7 +57,9 @@ def test_a_character_that_the_prompt_began_is_completed(kind, text, data):
     cut = data.draw(st.integers(0, len(ids)))
     output = "".join(streamed(tokenizer, ids[cut:], ids[:cut]))
     assert REPLACEMENT not in output
-    assert tokenizer.decode(ids[:cut]).rstrip(REPLACEMENT) + output == tokenizer.decode(ids)
+    assert tokenizer.decode(ids).endswith(output)
+    if kind == "byte-level":  # the other kind spoils whole words around a broken character
+        assert tokenizer.decode(ids[:cut]).rstrip(REPLACEMENT) + output == tokenizer.decode(ids)
 
 
 def test_the_first_word_keeps_its_space():

@@ -94,9 +94,3 @@ def test_a_damaged_file_is_named(tmp_path, name):
     (tmp_path / name).write_text("{")
     with pytest.raises(ModelError, match=name):
         Tokenizer.load(tmp_path)
-
-
-def test_an_unknown_token_around_every_text_is_refused(tmp_path):
-    save(tmp_path, "byte-level", bos_token="<begin>", add_bos_token=True)
-    with pytest.raises(ModelError, match="<begin>"):
-        Tokenizer.load(tmp_path)
