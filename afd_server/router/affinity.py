@@ -1,51 +1,52 @@
-"""Where a prompt's beginning was served before, so that it meets its cached blocks again.
+"""Which replicas have lately seen which prompt beginnings: a guess at what their prefix caches hold.
 
-What lives here: the memory of prefixes. What does not: whether the replica is free enough to take it (router.py).
+What lives here: that memory. What does not: the prefix caches themselves (kvcache/) and the weighing of a cached prefix
+against a shorter queue (router.py, the only caller).
+
+Beginnings are remembered at lengths that double, so a prompt costs a few entries, and a conversation that grows
+still finds at least half of its common part. Token ids are compared by hash: a collision costs a longer prefill, no more.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-# Prefixes are remembered at multiples of this many tokens: shorter ones are quickly computed anew.
-CHUNK_TOKENS = 64
-# Beyond this depth a longer match decides nothing any more, and remembering it would cost time and memory.
-MAX_CHUNKS = 64
-MAX_PREFIXES = 16_384
+SHORTEST_TOKENS = 32
+MAX_ENTRIES = 1 << 15
 
 
 class PrefixMemory:
-    """The replica that last served each prefix; the least recently used prefixes are forgotten.
+    """Prompt beginning -> names of the replicas that have read it. Bounded; the longest unused are forgotten first."""
 
-    Two prefixes of equal hash would share an entry. That costs a cache miss, nothing else.
-    """
+    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
+        self._max_entries = max_entries
+        self._readers: OrderedDict[tuple[int, int], set[str]] = OrderedDict()
 
-    def __init__(self) -> None:
-        self._replica_of: OrderedDict[int, str] = OrderedDict()
+    def remember(self, prompt_token_ids: Sequence[int], replica: str) -> None:
+        """This replica is going to read this prompt."""
+        for key in _keys(prompt_token_ids):
+            self._readers.setdefault(key, set()).add(replica)
+            self._readers.move_to_end(key)
+        while len(self._readers) > self._max_entries:
+            self._readers.popitem(last=False)
 
-    def find(self, token_ids: Sequence[int]) -> str | None:
-        """The replica that served the longest known prefix of these tokens."""
-        for key in reversed(_prefix_keys(token_ids)):
-            if key in self._replica_of:
-                self._replica_of.move_to_end(key)
-                return self._replica_of[key]
-        return None
+    def known_tokens(self, prompt_token_ids: Sequence[int]) -> dict[str, int]:
+        """How many tokens of the prompt's beginning each replica has read; only those that have read any."""
+        return {
+            replica: length
+            for length, digest in _keys(prompt_token_ids)
+            for replica in self._readers.get((length, digest), ())
+        }
 
-    def note(self, token_ids: Sequence[int], replica: str) -> None:
-        """This replica serves these tokens now."""
-        for key in _prefix_keys(token_ids):
-            self._replica_of[key] = replica
-            self._replica_of.move_to_end(key)
-        while len(self._replica_of) > MAX_PREFIXES:
-            self._replica_of.popitem(last=False)
+    def forget(self, replica: str) -> None:
+        """It has been restarted: its cache is empty."""
+        for readers in self._readers.values():
+            readers.discard(replica)
 
 
-def _prefix_keys(token_ids: Sequence[int]) -> list[int]:
-    """One key per whole chunk, each of all tokens up to its end; the shortest prefix first."""
-    keys: list[int] = []
-    key = 0
-    for start in range(0, min(len(token_ids) // CHUNK_TOKENS, MAX_CHUNKS) * CHUNK_TOKENS, CHUNK_TOKENS):
-        key = hash((key, *token_ids[start : start + CHUNK_TOKENS]))
-        keys.append(key)
-    return keys
+def _keys(token_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    length = SHORTEST_TOKENS
+    while length <= len(token_ids):
+        yield length, hash(tuple(token_ids[:length]))
+        length *= 2

@@ -1,60 +1,63 @@
-"""Which attention replica serves a request, and how a request outlives that replica.
+"""Which attention replica serves a request, and what happens when that replica dies.
 
-What lives here: the choice (the replica that knows the prompt's beginning, unless it is much busier than the least
-loaded), the requests under way, and their move to another replica when theirs dies. What does not: how a replica is
-reached (replica_client.py, transport/control.py) and what it does (engine/). Lives on the front-end's event loop.
+What lives here: the choice, and the requests under way. What does not: the replicas (engine/), how they are reached
+(replica_client.py, transport/control.py), and their restart (cluster/, which calls `replace`). Called by the HTTP
+front-end and by llm.py, on one event loop.
 
-A request that moves takes its prompt and its tokens so far with it. Its random numbers depend on its seed and the
-position alone, so it goes on as if nothing had happened: the client sees a pause, and no token twice.
+The choice: a replica's load is the prompt tokens that it has still to read plus REQUEST_TOKENS for every request under
+way; from this go the tokens of the new prompt that its prefix cache should hold. The least wins. So a prompt goes where
+its beginning is known, unless the queue there costs more than reading it again elsewhere.
+
+After a death the requests of that replica go on elsewhere, with their output so far as known tokens. The random numbers
+of sampling depend on seed and position alone, so the text is the one that was to come; the client notices a pause.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from afd_server.errors import ServingError, UnavailableError, WorkerDiedError, WorkerError
+from afd_server.errors import UnavailableError, WorkerDiedError, WorkerError
 from afd_server.router.affinity import PrefixMemory
 from afd_server.router.replica_client import ReplicaClient
+from afd_server.router.stream import Stream
 from afd_server.types import GenerationRequest, ReplicaStats, ReplicaUpdate, RequestOutput
 
 logger = logging.getLogger(__name__)
 
-# How many requests more than the least loaded replica one may have and still be chosen for its cached prefix.
-AFFINITY_SLACK = 4
-# How long a request whose replica died waits for another one, or for the restart: loading weights takes its time.
+# What a request under way costs the others, in prompt tokens: it is in every step until it ends.
+REQUEST_TOKENS = 64
+# How long a request whose replica died waits for another one. A restart loads the model again.
 FAILOVER_TIMEOUT_S = 120.0
 
 
 @dataclass(slots=True, eq=False)
-class _Flight:
-    """A request under way. Its queue holds at most its own max_tokens: that bounds what a slow reader can leave."""
-
-    request: GenerationRequest
-    replica: _Replica | None = None
-    token_ids: list[int] = field(default_factory=list)
-    outputs: asyncio.Queue[RequestOutput | ServingError] = field(default_factory=asyncio.Queue)
-    ended: bool = False
-    deadline: asyncio.TimerHandle | None = None  # while it waits for a replica
-
-
-@dataclass(slots=True, eq=False)
-class _Replica:
-    """One attention replica as it is now. `flights` are its requests; `reader` is None while it is gone."""
+class Replica:
+    """A replica and the requests that it has, by id. down_since (monotonic seconds) and reason once it is lost."""
 
     client: ReplicaClient
-    flights: dict[str, _Flight] = field(default_factory=dict)
+    streams: dict[str, Stream] = field(default_factory=dict)
     reader: asyncio.Task[None] | None = None
+    down_since: float | None = None
+    reason: str = ""
+
+    @property
+    def load_tokens(self) -> int:
+        return sum(
+            REQUEST_TOKENS + (0 if stream.has_output else len(stream.request.prompt_token_ids))
+            for stream in self.streams.values()
+        )
 
 
 class Router:
-    """`async with Router(clients) as router`, then `router.generate(request)`.
+    """All requests under way, and the replicas that serve them. An async context manager; open inside it only.
 
-    on_stats is called with a replica's name and its state after each of its steps.
+    on_stats: called with a replica's name and statistics after each of its updates.
+    failover_timeout_s: how long a request may be without a live replica before it ends in UnavailableError.
     """
 
     def __init__(
@@ -64,158 +67,173 @@ class Router:
         *,
         failover_timeout_s: float = FAILOVER_TIMEOUT_S,
     ) -> None:
-        self._replicas = {client.worker: _Replica(client) for client in clients}
+        self._replicas = {client.worker: Replica(client) for client in clients}
         self._on_stats = on_stats
         self._failover_timeout_s = failover_timeout_s
         self._prefixes = PrefixMemory()
-        self._waiting: set[_Flight] = set()
+        # Every request under way, and among them those that no replica has.
+        self._streams: dict[str, Stream] = {}
+        self._orphans: dict[Stream, None] = {}
+        self._closed = ""
+        self._all_ended = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         for replica in self._replicas.values():
-            self._listen(replica)
+            self._start_reading(replica)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Ends what is under way with UnavailableError and lets go of every replica."""
-        readers = [replica.reader for replica in self._replicas.values() if replica.reader]
+        self._closed = "the server is shutting down"
+        readers = [replica.reader for replica in self._replicas.values() if replica.reader is not None]
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
         for replica in self._replicas.values():
-            for flight in list(replica.flights.values()):
-                self._end(flight, UnavailableError("the server is shutting down"))
-            replica.reader = None
             replica.client.close()
-        for flight in list(self._waiting):
-            self._end(flight, UnavailableError("the server is shutting down"))
+        for stream in self._streams.values():
+            stream.keep_on()
+            stream.fail(self._closed)
+
+    # --- requests --------------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
-        """The request's outputs, the last one with a finish_reason. Closing the iterator early aborts the request.
+        """The request's outputs, the last of which has a finish_reason. No token comes twice.
 
-        Raises UnavailableError when no replica is there to take it, or when its replica died and none came in time.
+        Closing the generator before that aborts the request at its replica, at once. Raises UnavailableError when no
+        replica lives, when the replica dies and no other takes over in time, and when the router drains or closes.
         """
-        flight = _Flight(request)
-        if not self._place(flight):
-            raise UnavailableError("no attention worker is there to take the request")
+        if self._closed:
+            raise UnavailableError(self._closed)
+        assert request.request_id not in self._streams, "request ids are unique"
+        stream = Stream(request)
+        if not self._place(stream):
+            raise UnavailableError("no attention worker is alive; " + "; ".join(self.health()))
+        self._streams[request.request_id] = stream
         try:
             while True:
-                output = await flight.outputs.get()
-                if isinstance(output, ServingError):
-                    raise output
+                output = await stream.next()
                 yield output
                 if output.finish_reason is not None:
                     return
         finally:
-            if flight.replica is not None and not flight.ended:
-                flight.replica.client.abort(request.request_id)
-            self._forget(flight)
+            self._leave(stream)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new requests and waits until none is under way; False when some still are after timeout_s."""
+        self._closed = self._closed or "the server is shutting down"
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._streams:
+                    self._all_ended.clear()
+                    await self._all_ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # --- replicas --------------------------------------------------------------------------------------------------
 
     def replace(self, name: str, client: ReplicaClient) -> None:
-        """Replica `name` was restarted and is reached by this client now. Requests that wait for one are placed."""
-        replica = self._replicas[name]
-        if replica.reader is not None:  # it has not been noticed yet that the old one is gone
-            self._lose(replica, WorkerDiedError(name, "was replaced"))
-        replica.client = client
-        self._listen(replica)
-        for flight in list(self._waiting):
-            self._place(flight)
+        """Replica `name` was restarted and is reached by `client` now. Requests without a replica go on there."""
+        old = self._replicas[name]
+        self._lose(old, "it was replaced")
+        if old.reader is not None:
+            old.reader.cancel()
+        self._prefixes.forget(name)
+        self._replicas[name] = Replica(client)
+        self._start_reading(self._replicas[name])
+        for stream in list(self._orphans):
+            self._place(stream)
 
     def health(self) -> list[str]:
-        """One sentence for each replica that cannot be reached."""
+        """One sentence for each replica that cannot be reached; none when all is well."""
+        now = time.monotonic()
         return [
-            f"{name} is not connected" for name, replica in self._replicas.items() if replica.reader is None
+            f"{name} has been out of reach for {now - replica.down_since:.1f} s: {replica.reason}"
+            for name, replica in self._replicas.items()
+            if replica.down_since is not None
         ]
 
-    # --- the choice ------------------------------------------------------------------------------------------------
+    # --- inside ----------------------------------------------------------------------------------------------------
 
-    def _place(self, flight: _Flight) -> bool:
-        """Hands the request to the best replica. False when none is there."""
-        while (replica := self._choose(flight.request)) is not None:
-            request = dataclasses.replace(flight.request, resumed_output_token_ids=tuple(flight.token_ids))
+    def _start_reading(self, replica: Replica) -> None:
+        updates = replica.client.updates()
+        replica.reader = asyncio.create_task(self._read(replica, updates), name=replica.client.worker)
+
+    async def _read(self, replica: Replica, updates: AsyncIterator[ReplicaUpdate]) -> None:
+        """Passes a replica's updates on until it dies."""
+        try:
+            async for update in updates:
+                self._pass_on(replica, update)
+            reason = "it sends no more updates"
+        except WorkerError as error:
+            reason = error.problem
+        except Exception as error:  # requests must not wait for a task that has ended
+            logger.exception("updates of %s cannot be passed on", replica.client.worker)
+            reason = f"internal error: {type(error).__name__}: {error}"
+        self._lose(replica, reason)
+
+    def _pass_on(self, replica: Replica, update: ReplicaUpdate) -> None:
+        for output in update.outputs:
+            stream = replica.streams.get(output.request_id)
+            if stream is None:
+                continue  # its client has left
+            stream.put(output)
+            if output.finish_reason is not None:
+                del replica.streams[output.request_id]
+        if self._on_stats is not None:
             try:
-                replica.client.submit(request)
-            except WorkerError as error:
-                self._lose(replica, error)
+                self._on_stats(replica.client.worker, update.stats)
+            except Exception:  # a statistic is not worth a token
+                logger.exception("statistics of %s cannot be passed on", replica.client.worker)
+
+    def _place(self, stream: Stream) -> bool:
+        """Submits a request, or what is left of it, to the best live replica; False when there is none."""
+        while (replica := self._best_replica(stream.request.prompt_token_ids)) is not None:
+            try:
+                replica.client.submit(stream.resumed())
+            except WorkerDiedError as error:
+                self._lose(replica, error.problem)
                 continue
-            self._forget(flight)
-            flight.replica = replica
-            replica.flights[request.request_id] = flight
-            self._prefixes.note(request.prompt_token_ids, replica.client.worker)
+            replica.streams[stream.request_id] = stream
+            self._prefixes.remember(stream.request.prompt_token_ids, replica.client.worker)
+            self._orphans.pop(stream, None)
+            stream.keep_on()
             return True
         return False
 
-    def _choose(self, request: GenerationRequest) -> _Replica | None:
-        alive = [replica for replica in self._replicas.values() if replica.reader is not None]
-        if not alive:
-            return None
-        least = min(alive, key=lambda replica: len(replica.flights))
-        known = self._replicas.get(self._prefixes.find(request.prompt_token_ids) or "")
-        if known in alive and len(known.flights) <= len(least.flights) + AFFINITY_SLACK:
-            return known
-        return least
-
-    # --- what comes back -------------------------------------------------------------------------------------------
-
-    def _listen(self, replica: _Replica) -> None:
-        # Listening begins here and not when the task first runs: no update may be missed in between.
-        updates = replica.client.updates()
-        replica.reader = asyncio.create_task(
-            self._read(replica, updates), name=f"router-{replica.client.worker}"
+    def _best_replica(self, prompt_token_ids: Sequence[int]) -> Replica | None:
+        known_tokens = self._prefixes.known_tokens(prompt_token_ids)
+        return min(
+            (replica for replica in self._replicas.values() if replica.down_since is None),
+            key=lambda replica: replica.load_tokens - known_tokens.get(replica.client.worker, 0),
+            default=None,
         )
 
-    async def _read(self, replica: _Replica, updates: AsyncIterator[ReplicaUpdate]) -> None:
-        try:
-            async for update in updates:
-                self._take(replica, update)
-        except WorkerError as error:
-            if replica.reader is asyncio.current_task():
-                self._lose(replica, error)
-
-    def _take(self, replica: _Replica, update: ReplicaUpdate) -> None:
-        for output in update.outputs:
-            flight = replica.flights.get(output.request_id)
-            if flight is None:  # its reader left; the abort is on its way
-                continue
-            resumed = bool(flight.request.resumed_output_token_ids or flight.token_ids)
-            flight.token_ids += output.token_ids
-            if output.finish_reason is not None:
-                flight.ended = True
-                self._forget(flight)
-            # Tokens that a replica finds in its cache after a move were told as computed before.
-            flight.outputs.put_nowait(dataclasses.replace(output, cached_tokens=0) if resumed else output)
-        if self._on_stats is not None:
-            self._on_stats(replica.client.worker, update.stats)
-
-    def _lose(self, replica: _Replica, error: WorkerError) -> None:
-        """The replica is gone: its requests go to another one, or wait for the restart."""
-        logger.warning("%s; %d requests move", error, len(replica.flights))
-        if replica.reader is not None and replica.reader is not asyncio.current_task():
-            replica.reader.cancel()
-        replica.reader = None
+    def _lose(self, replica: Replica, reason: str) -> None:
+        """The replica is gone: its requests go on elsewhere, or wait for the one that replaces it."""
+        if replica.down_since is not None:
+            return
+        replica.down_since, replica.reason = time.monotonic(), reason
         replica.client.close()
-        for flight in list(replica.flights.values()):
-            self._forget(flight)
-            if not self._place(flight):
-                self._wait(flight, error)
+        lost, replica.streams = list(replica.streams.values()), {}
+        logger.error("%s is out of reach with %d requests: %s", replica.client.worker, len(lost), reason)
+        for stream in lost:
+            self._orphans[stream] = None
+            if not self._place(stream):
+                stream.give_up_after(
+                    self._failover_timeout_s,
+                    f"{replica.client.worker} died ({reason}) and no attention worker took over within "
+                    f"{self._failover_timeout_s:g} s",
+                )
 
-    def _wait(self, flight: _Flight, error: WorkerError) -> None:
-        self._waiting.add(flight)
-        too_late = UnavailableError(f"{error}; no other came within {self._failover_timeout_s:g} s")
-        flight.deadline = asyncio.get_running_loop().call_later(
-            self._failover_timeout_s, self._end, flight, too_late
-        )
-
-    def _end(self, flight: _Flight, error: ServingError) -> None:
-        self._forget(flight)
-        flight.ended = True
-        flight.outputs.put_nowait(error)
-
-    def _forget(self, flight: _Flight) -> None:
-        """Takes the request out of every list that it is in."""
-        self._waiting.discard(flight)
-        if flight.deadline is not None:
-            flight.deadline.cancel()
-            flight.deadline = None
-        if flight.replica is not None:
-            flight.replica.flights.pop(flight.request.request_id, None)
-            flight.replica = None
+    def _leave(self, stream: Stream) -> None:
+        """Nobody reads this stream any more. If it has not ended, its replica is told."""
+        stream.keep_on()
+        self._orphans.pop(stream, None)
+        del self._streams[stream.request_id]
+        for replica in self._replicas.values():
+            if replica.streams.get(stream.request_id) is stream:
+                del replica.streams[stream.request_id]
+                replica.client.abort(stream.request_id)
+        if not self._streams:
+            self._all_ended.set()

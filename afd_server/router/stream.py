@@ -1,0 +1,69 @@
+"""One request as the router holds it: what was sent to the client, and what waits to be.
+
+What lives here: the state of a request across the replicas that serve it. What does not: which replicas those are
+(router.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+from afd_server.errors import UnavailableError
+from afd_server.types import GenerationRequest, RequestOutput
+
+
+class Stream:
+    """The outputs of one request, in order and each once, whoever produces them.
+
+    The queue is unbounded but its content is not: each output holds at least one of the request's max_tokens tokens,
+    so a client that reads slowly costs no more memory than its own answer.
+    """
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self._token_ids: list[int] = []
+        self._waiting: asyncio.Queue[RequestOutput | UnavailableError] = asyncio.Queue()
+        self._give_up: asyncio.TimerHandle | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def has_output(self) -> bool:
+        return bool(self._token_ids)
+
+    def put(self, output: RequestOutput) -> None:
+        """Takes in what a replica gave."""
+        if self.has_output and output.cached_tokens:  # the first output of the replica, not of the request
+            output = dataclasses.replace(output, cached_tokens=0)
+        self._token_ids += output.token_ids
+        self._waiting.put_nowait(output)
+
+    def fail(self, reason: str) -> None:
+        """Nobody will produce the rest."""
+        self._waiting.put_nowait(UnavailableError(reason))
+
+    async def next(self) -> RequestOutput:
+        """The next output. Raises UnavailableError after `fail`."""
+        item = await self._waiting.get()
+        if isinstance(item, UnavailableError):
+            raise item
+        return item
+
+    def resumed(self) -> GenerationRequest:
+        """The request for a replica that is to go on from here."""
+        known = (*self.request.resumed_output_token_ids, *self._token_ids)
+        return dataclasses.replace(self.request, resumed_output_token_ids=known)
+
+    def give_up_after(self, timeout_s: float, reason: str) -> None:
+        """Fails unless `keep_on` comes first. A deadline that runs already stays."""
+        if self._give_up is None:
+            self._give_up = asyncio.get_running_loop().call_later(timeout_s, self.fail, reason)
+
+    def keep_on(self) -> None:
+        """A replica has taken it on, or nobody waits for it any more."""
+        if self._give_up is not None:
+            self._give_up.cancel()
+            self._give_up = None
