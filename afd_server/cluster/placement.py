@@ -47,7 +47,7 @@ def start_ray(config: ServeConfig) -> None:
     try:
         ray.init(
             address=config.ray_address or "local",
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
             **own,
         )

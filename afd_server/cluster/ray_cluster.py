@@ -50,6 +50,12 @@ class RayCluster:
     """The actors of one server. `config` is a resolved one."""
 
     def __init__(self, config: ServeConfig) -> None:
+        """Joins or starts the Ray cluster. Raises StartError.
+
+        To be called on the main thread, before the server sets its own signal handlers: Ray sets some, and the last
+        one to do so wins.
+        """
+        start_ray(config)
         self._config = config
         self._secret = secrets.token_bytes(32)
         self._ffn: list[Member] = []
@@ -59,7 +65,6 @@ class RayCluster:
     def start(self) -> Started:
         """Places and loads every worker, FFN first. Raises StartError with the first cause, within start_timeout."""
         deadline = time.monotonic() + self._config.start_timeout
-        start_ray(self._config)
         actors = place(self._config, FFNActor, AttentionActor, self._secret, self._config.start_timeout)
         self._ffn = [Member(ffn_name(index), actor) for index, actor in enumerate(actors.ffn)]
         self._attention = [Member(attention_name(index), actor) for index, actor in enumerate(actors.attention)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,13 @@ def allocate_cache(
     Zeros, not raw memory: attention multiplies masked entries by zero, and a stray NaN would survive that.
     """
     shape = (num_blocks, block_size, *spec.attention.cache_entry_shape)
-    return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.num_layers)]
+    if device.type != "cpu":
+        return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.num_layers)]
+    # numpy asks the kernel for pages that are zero when first touched, torch writes the zeros: seconds for gigabytes.
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return [
+        torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape) for _ in range(spec.num_layers)
+    ]
 
 
 def num_blocks_for(spec: ModelSpec, config: ServeConfig, free_bytes: int) -> int:
