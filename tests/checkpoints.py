@@ -20,7 +20,7 @@ COMMON = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
+    "rms_norm_eps": 1e-2,  # large, so that a norm with another one shows
     "bos_token_id": 256,
     "eos_token_id": 257,
     "pad_token_id": None,
@@ -116,7 +116,7 @@ STEP3 = {
     "head_dim": 24,
     "share_q_dim": 40,
     "max_position_embedding": 256,
-    "rms_norm_eps": 1e-5,
+    "rms_norm_eps": 1e-2,  # large, so that a norm with another one shows
     "rope_theta": 500000.0,
     "moe_num_experts": 6,
     "moe_top_k": 3,

@@ -51,7 +51,7 @@ def _attend_single_rows(
     query_DNK: Tensor, cache: Tensor, single: SingleRows, split: Split, scale: float
 ) -> Tensor:
     num_requests, num_heads, key_dim = query_DNK.shape
-    keys, values = split(cache[single.block_tables].flatten(1, 2))
+    keys, values = split(_gather(cache, single.block_tables))
     # The query heads that share a key head stand where the queries of one head would: keys are not copied for them.
     num_key_heads = keys.shape[2]
     output = F.scaled_dot_product_attention(
@@ -66,7 +66,7 @@ def _attend_single_rows(
 
 def _attend_chunk(query_CNK: Tensor, cache: Tensor, chunk: Chunk, split: Split, scale: float) -> Tensor:
     num_rows, num_heads, _ = query_CNK.shape
-    keys, values = split(cache[chunk.block_table].flatten(0, 1)[None, : chunk.length])
+    keys, values = split(_gather(cache, chunk.block_table[None])[:, : chunk.length])
     mask = None
     if num_rows < chunk.length:  # not from the beginning: row c also sees the entries before the chunk
         visible = torch.ones(num_rows, chunk.length, dtype=torch.bool, device=query_CNK.device)
@@ -80,6 +80,15 @@ def _attend_chunk(query_CNK: Tensor, cache: Tensor, chunk: Chunk, split: Split, 
         scale=scale,
     )
     return output[0].transpose(0, 1)
+
+
+def _gather(cache: Tensor, block_tables: Tensor) -> Tensor:
+    """The entries of R requests, [R, B * block_size, ...], for their block tables [R, B].
+
+    index_select copies whole blocks; indexing by the table itself takes twice as long on a CPU.
+    """
+    blocks = cache.index_select(0, block_tables.flatten())
+    return blocks.view(len(block_tables), -1, *cache.shape[2:])
 
 
 def _for_every_query_head(heads: Tensor, num_heads: int) -> Tensor:
