@@ -7,6 +7,7 @@ architecture has (families.py). Called by spec.py and families.py.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,20 @@ class ConfigFile:
             raise self.error(key, f"is {value!r}, not a whole number from {least} up")
         return value
 
-    def number(self, key: str, default: Any = REQUIRED) -> float:
+    def integers(self, key: str) -> list[int]:
+        """A list of whole numbers, empty where the file has none."""
+        value = self.value(key, [])
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self.error(key, f"is {value!r}, not a list of whole numbers")
+        return value
+
+    def number(self, key: str, default: Any = REQUIRED, *, zero: bool = False) -> float:
+        """A finite number above 0; zero: or 0 itself."""
         value = self.value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, f"is {value!r}, not a number")
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            raise self.error(key, f"is {value!r}, not a finite number {'from' if zero else 'above'} 0")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

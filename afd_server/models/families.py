@@ -94,13 +94,14 @@ def _grouped_query(
 
 def _refuse_sliding_window(config: ConfigFile, *, switch: str | None) -> None:
     """Raises ModelError if any position is kept from attending to all before it. switch: the key that turns it on."""
-    window = config.value("sliding_window", None)
+    no_window = config.integer("max_position_embeddings")
+    window = config.integer("sliding_window", no_window)
     on = config.flag(switch, False) if switch else True
-    if on and window is not None and window < config.integer("max_position_embeddings"):
+    if on and window < no_window:
         raise config.error("sliding_window", f"is {window}; sliding-window attention is not served")
     layer_types = config.value("layer_types", [])
-    if set(layer_types) - {"full_attention"}:
-        raise config.error("layer_types", f"has {sorted(set(layer_types))}; only full_attention is served")
+    if any(layer_type != "full_attention" for layer_type in layer_types):
+        raise config.error("layer_types", f"is {layer_types}; only full_attention is served")
 
 
 DECODER_NAMES = {
@@ -197,7 +198,7 @@ def read_qwen3_moe(config: ConfigFile) -> ModelSpec:
         renormalise=config.flag("norm_topk_prob", False),
     )
     every = config.integer("decoder_sparse_step", 1)
-    dense_layers = config.value("mlp_only_layers", [])
+    dense_layers = config.integers("mlp_only_layers")
     num_layers = config.integer("num_hidden_layers")
     moe_layers = {
         layer for layer in range(num_layers) if layer not in dense_layers and (layer + 1) % every == 0

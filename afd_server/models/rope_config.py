@@ -43,12 +43,14 @@ def _read_kind(config: ConfigFile, scaling: ConfigFile, kind: str, theta: float,
         # transformers measures the stretch from max_position_embeddings, whatever the original length says.
         return RopeSpec(kind, theta, interleaved, factor, max_positions)
     if kind == "llama3":
-        return RopeSpec(
-            kind, theta, interleaved, factor, original,
-            low_freq_factor=scaling.number("low_freq_factor"),
-            high_freq_factor=scaling.number("high_freq_factor"),
-        )  # fmt: skip
-    mscale, mscale_all = scaling.number("mscale", 0.0), scaling.number("mscale_all_dim", 0.0)
+        low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
+        if high <= low:
+            raise scaling.error("high_freq_factor", f"is {high}, not above low_freq_factor's {low}")
+        return RopeSpec(kind, theta, interleaved, factor, original, low_freq_factor=low, high_freq_factor=high)
+    mscale, mscale_all = (
+        scaling.number("mscale", 0.0, zero=True),
+        scaling.number("mscale_all_dim", 0.0, zero=True),
+    )
     by_factor = yarn_mscale(factor)
     if mscale and mscale_all:
         by_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
@@ -74,7 +76,7 @@ def latent_softmax_scale(config: ConfigFile, head_dim: int) -> float:
             continue
         scaling = config.part(key)
         kind = scaling.value("rope_type", scaling.value("type", "default"))
-        mscale_all = scaling.number("mscale_all_dim", 0.0)
+        mscale_all = scaling.number("mscale_all_dim", 0.0, zero=True)
         if kind == "default" or not mscale_all:
             return scale
         return scale * yarn_mscale(scaling.number("factor"), mscale_all) ** 2

@@ -32,6 +32,13 @@ MIXTRAL = {
     "num_experts_per_tok": 2,
     "sliding_window": None,
 }
+QWEN3_MOE = {
+    **LLAMA,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 DEEPSEEK = {
     **LLAMA,
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -54,6 +61,7 @@ DEEPSEEK = {
     "topk_method": "noaux_tc",
     "num_nextn_predict_layers": 1,
 }
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}
 QWEN2 = {
     **LLAMA,
     "architectures": ["Qwen2ForCausalLM"],
@@ -146,15 +154,20 @@ def test_windows_that_no_position_reaches_are_no_windows(tmp_path):
         (LLAMA, {"eos_token_id": "</s>"}, "eos_token_id is '</s>', not token ids"),
         (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),
         (LLAMA, {"logit_softcapping": 30.0}, "logit_softcapping is 30.0, a key that is not known"),
+        (LLAMA, {"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0, not a finite number above 0"),
+        (LLAMA, {"rope_theta": float("inf")}, "rope_theta is inf, not a finite number"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": -1}}, "factor is -1, not a finite number above 0"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (LLAMA, {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling: rope_type is 'longrope'"),
         (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "skew": 3}}, "rope_scaling: skew is 3"),
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention is {'rope_theta'"),
+        (LLAMA, {"rope_scaling": LLAMA3}, "high_freq_factor is 1.0, not above low_freq_factor's 4.0"),
         (LLAMA, {"rope_scaling": "linear"}, "rope_scaling is 'linear', not an object"),
         (QWEN2, {"use_sliding_window": True}, "sliding_window is 128; sliding-window attention"),
-        (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has"),
+        (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         (MIXTRAL, {"sliding_window": 256}, "sliding_window is 256; sliding-window attention"),
+        (QWEN3_MOE, {"mlp_only_layers": "1"}, "mlp_only_layers is '1', not a list of whole numbers"),
         (MIXTRAL, {"num_experts_per_tok": 5}, "5 experts per token of 4"),
         (DEEPSEEK, {"scoring_func": "softmax"}, "scoring_func is 'softmax'; served: 'sigmoid'"),
         (DEEPSEEK, {"topk_method": "greedy"}, "topk_method is 'greedy'"),
