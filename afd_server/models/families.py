@@ -1,8 +1,8 @@
 """One row per architecture: how its config.json is read, and what its checkpoints call each tensor.
 
-This is the one place to add a family; docs/adding-a-model.md walks through it. What does not live here: which tensors a
-model has (tensors.py) and how they are loaded (checkpoint.py). Keys and defaults are those of transformers'
-configuration classes; tensor names are those of the published checkpoints.
+This is the one place to add a family; docs/adding-a-model.md walks through it. What does not live here: the tables of
+names themselves (tensor_names.py), which tensors a model has (tensors.py) and how they are loaded (checkpoint.py). Keys
+and defaults are those of transformers' configuration classes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ from afd_server.models.spec import (
     MLASpec,
     ModelSpec,
     MoESpec,
+)
+from afd_server.models.tensor_names import (
+    DEEPSEEK_NAMES,
+    DENSE_GQA_NAMES,
+    MIXTRAL_NAMES,
+    MOE_NAMES,
+    STEP3_NAMES,
 )
 
 # Old checkpoints carry the rotary frequencies, which follow from the configuration.
@@ -104,36 +111,6 @@ def _refuse_sliding_window(config: ConfigFile, *, switch: str | None) -> None:
         raise config.error("layer_types", f"is {layer_types}; only full_attention is served")
 
 
-DECODER_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-    "attention_norm": "model.layers.{layer}.input_layernorm.weight",
-    "ffn_norm": "model.layers.{layer}.post_attention_layernorm.weight",
-}
-GQA_NAMES = {
-    "q": "model.layers.{layer}.self_attn.q_proj.weight",
-    "k": "model.layers.{layer}.self_attn.k_proj.weight",
-    "v": "model.layers.{layer}.self_attn.v_proj.weight",
-    "o": "model.layers.{layer}.self_attn.o_proj.weight",
-    "q_bias": "model.layers.{layer}.self_attn.q_proj.bias",
-    "k_bias": "model.layers.{layer}.self_attn.k_proj.bias",
-    "v_bias": "model.layers.{layer}.self_attn.v_proj.bias",
-    "o_bias": "model.layers.{layer}.self_attn.o_proj.bias",
-    "q_norm": "model.layers.{layer}.self_attn.q_norm.weight",
-    "k_norm": "model.layers.{layer}.self_attn.k_norm.weight",
-}
-MLP_NAMES = {
-    "mlp.gate": "model.layers.{layer}.mlp.gate_proj.weight",
-    "mlp.up": "model.layers.{layer}.mlp.up_proj.weight",
-    "mlp.down": "model.layers.{layer}.mlp.down_proj.weight",
-    "mlp.gate_bias": "model.layers.{layer}.mlp.gate_proj.bias",
-    "mlp.up_bias": "model.layers.{layer}.mlp.up_proj.bias",
-    "mlp.down_bias": "model.layers.{layer}.mlp.down_proj.bias",
-}
-DENSE_GQA_NAMES = {**DECODER_NAMES, **GQA_NAMES, **MLP_NAMES}
-
-
 # --- Llama, Qwen2, Qwen3 -------------------------------------------------------------------------------------------
 
 
@@ -159,21 +136,6 @@ def read_qwen3(config: ConfigFile) -> ModelSpec:
 
 
 # --- Mixtral, Qwen3-MoE --------------------------------------------------------------------------------------------
-
-MIXTRAL_NAMES = {
-    **DECODER_NAMES,
-    **GQA_NAMES,
-    "router": "model.layers.{layer}.block_sparse_moe.gate.weight",
-    "expert.gate": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
-    "expert.up": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
-    "expert.down": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
-}
-MOE_NAMES = {
-    "router": "model.layers.{layer}.mlp.gate.weight",
-    "expert.gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
-    "expert.up": "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
-    "expert.down": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
-}
 
 
 def read_mixtral(config: ConfigFile) -> ModelSpec:
@@ -231,27 +193,6 @@ def _checked(config: ConfigFile, experts: MoESpec) -> MoESpec:
 
 # --- DeepSeek-V3 ---------------------------------------------------------------------------------------------------
 
-DEEPSEEK_NAMES = {
-    **DECODER_NAMES,
-    **MLP_NAMES,
-    **MOE_NAMES,
-    "router_correction": "model.layers.{layer}.mlp.gate.e_score_correction_bias",
-    "shared.gate": "model.layers.{layer}.mlp.shared_experts.gate_proj.weight",
-    "shared.up": "model.layers.{layer}.mlp.shared_experts.up_proj.weight",
-    "shared.down": "model.layers.{layer}.mlp.shared_experts.down_proj.weight",
-    "q": "model.layers.{layer}.self_attn.q_proj.weight",
-    "q_down": "model.layers.{layer}.self_attn.q_a_proj.weight",
-    "q_down_bias": "model.layers.{layer}.self_attn.q_a_proj.bias",
-    "q_norm": "model.layers.{layer}.self_attn.q_a_layernorm.weight",
-    "q_up": "model.layers.{layer}.self_attn.q_b_proj.weight",
-    "kv_down": "model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight",
-    "kv_down_bias": "model.layers.{layer}.self_attn.kv_a_proj_with_mqa.bias",
-    "kv_norm": "model.layers.{layer}.self_attn.kv_a_layernorm.weight",
-    "kv_up": "model.layers.{layer}.self_attn.kv_b_proj.weight",
-    "o": "model.layers.{layer}.self_attn.o_proj.weight",
-    "o_bias": "model.layers.{layer}.self_attn.o_proj.bias",
-}
-
 
 def read_deepseek_v3(config: ConfigFile) -> ModelSpec:
     num_heads = config.integer("num_attention_heads")
@@ -296,23 +237,7 @@ def read_deepseek_v3(config: ConfigFile) -> ModelSpec:
 
 # --- Step-3 --------------------------------------------------------------------------------------------------------
 
-STEP3_NAMES = {
-    **DECODER_NAMES,
-    **MLP_NAMES,
-    "q_down": "model.layers.{layer}.self_attn.q_proj.weight",
-    "q_norm": "model.layers.{layer}.self_attn.inter_norm.weight",
-    "q_up": "model.layers.{layer}.self_attn.wq.weight",
-    "k": "model.layers.{layer}.self_attn.k_proj.weight",
-    "v": "model.layers.{layer}.self_attn.v_proj.weight",
-    "o": "model.layers.{layer}.self_attn.o_proj.weight",
-    "router": "model.layers.{layer}.moe.gate.weight",
-    "expert.gate": "model.layers.{layer}.moe.gate_proj.weight",
-    "expert.up": "model.layers.{layer}.moe.up_proj.weight",
-    "expert.down": "model.layers.{layer}.moe.down_proj.weight",
-    "shared.gate": "model.layers.{layer}.share_expert.gate_proj.weight",
-    "shared.up": "model.layers.{layer}.share_expert.up_proj.weight",
-    "shared.down": "model.layers.{layer}.share_expert.down_proj.weight",
-}
+
 STEP3_VISION = r"(vision_model|vit_downsampler|vit_downsampler2|vit_large_projector)\..*"
 
 
