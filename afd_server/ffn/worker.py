@@ -22,7 +22,7 @@ from afd_server.transport.base import IncomingCall, Listener
 logger = logging.getLogger(__name__)
 
 # How long the loop sleeps at most before it looks whether it should stop.
-IDLE_WAIT_S = 0.2
+IDLE_WAIT_S = 0.05
 
 
 class FFNWorker:
