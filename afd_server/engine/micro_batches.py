@@ -12,7 +12,7 @@ is the right answer, with many 2 to 4, and where the change comes is measured:
                        a call arrives w/2 later, is served in order of arrival for f, and is back after another w/2
     corrected(m)       predicted(m) * measured / predicted of the last steps of this size that ran with m
 
-The least corrected time wins, and m > 1 only by a margin. Times are smoothed per power of two of tokens, interpolated
+The least corrected time wins, a larger m only by a margin. Times are smoothed per power of two of tokens, interpolated
 between, and not guessed far beyond what was measured: a step of a new size runs as one micro-batch and is the measurement.
 """
 
@@ -27,8 +27,8 @@ from afd_server.types import StepTiming
 
 # Weight of a new measurement in a running mean.
 SMOOTHING = 0.2
-# How much faster more than one micro-batch must be.
-MARGIN = 0.05
+# How much faster each further micro-batch must make a step, since noise also has its minimum somewhere.
+MARGIN = 0.03
 # Sizes beyond this multiple of the largest measured one are unknown.
 REACH = 2
 # Fewer measured sizes than this say nothing about the slope.
@@ -164,7 +164,7 @@ class MicroBatchChooser:
         for count in range(2, most + 1):
             loads = [sum(num_tokens[index] for index in part) for part in divide(num_tokens, count)]
             split = Expectation(size, count, self._predict(loads))
-            split_s = self._corrected_s(split) * (1 + MARGIN)
+            split_s = self._corrected_s(split) * (1 + MARGIN * (count - 1))
             if split_s < best_s:
                 best, best_s = split, split_s
         return best
