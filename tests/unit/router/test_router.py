@@ -1,267 +1,256 @@
-"""The router: who gets a request, and that a client of a dying replica sees a pause and no token twice."""
+"""The router's promises to a client: its tokens once and in order, a pause when a replica dies, an end in any case."""
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 
-from afd_server.errors import UnavailableError, WorkerDiedError
-from afd_server.router.affinity import CHUNK_TOKENS, PrefixMemory
-from afd_server.router.replica_client import LocalReplicaClient
-from afd_server.router.router import AFFINITY_SLACK, Router
-from afd_server.types import (
-    FinishReason,
-    GenerationRequest,
-    ReplicaStats,
-    ReplicaUpdate,
-    RequestOutput,
-    SamplingParams,
-)
-
-DEADLINE_S = 10.0
+from afd_server.errors import UnavailableError
+from afd_server.router.router import REQUEST_TOKENS, Router
+from afd_server.types import GenerationRequest, SamplingParams
+from tests.unit.router.memory_client import MemoryClient
 
 
-class Replica:
-    """A client whose replica does what the test says. `tokens` gives request after request its next token."""
-
-    def __init__(self, worker):
-        self.worker = worker
-        self.running = {}
-        self.aborted = []
-        self.closed = False
-        self._updates = asyncio.Queue()
-        self.gone = False
-
-    def submit(self, request):
-        if self.gone:
-            raise WorkerDiedError(self.worker, "the control connection is closed")
-        self.running[request.request_id] = request
-
-    def abort(self, request_id):
-        self.aborted.append(request_id)
-        self.running.pop(request_id, None)
-
-    async def updates(self):
-        while True:
-            update = await self._updates.get()
-            if isinstance(update, Exception):
-                raise update
-            yield update
-
-    def close(self):
-        self.closed = True
-
-    def give(self, request_id, *token_ids, finish_reason=None, **fields):
-        output = RequestOutput(request_id, token_ids, finish_reason=finish_reason, **fields)
-        self._updates.put_nowait(ReplicaUpdate((output,), ReplicaStats(num_running=len(self.running))))
-
-    def die(self):
-        self.gone = True
-        self._updates.put_nowait(WorkerDiedError(self.worker, "the control connection ended"))
-
-
-def request(name, prompt=(1, 2, 3), max_tokens=8):
-    return GenerationRequest(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, seed=3))
+def make_request(request_id, prompt=(1, 2), **sampling):
+    return GenerationRequest(
+        request_id, tuple(prompt), SamplingParams(**{"max_tokens": 10, "seed": 3, **sampling})
+    )
 
 
 class Reader:
-    """A client that reads a request to its end."""
+    """A client that reads a request to its end. outputs: what it has so far."""
 
-    def __init__(self, router, name, **fields):
-        self.tokens = []
+    def __init__(self, router, request):
         self.outputs = []
-        self.task = asyncio.create_task(self._read(router.generate(request(name, **fields))))
+        self.task = asyncio.create_task(self._read(router, request))
+        # Some tests end with their router, before their readers: that is no news for the log.
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
-    async def _read(self, outputs):
-        async for output in outputs:
-            self.outputs.append(output)
-            self.tokens += output.token_ids
+    async def _read(self, router, request):
+        async with aclosing(router.generate(request)) as outputs:
+            async for output in outputs:
+                self.outputs.append(output)
+
+    @property
+    def token_ids(self):
+        return [token_id for output in self.outputs for token_id in output.token_ids]
 
 
 async def until(condition):
-    async with asyncio.timeout(DEADLINE_S):
+    """Lets the event loop run until the condition holds."""
+    async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0)
 
 
-async def test_outputs_come_in_order_and_end():
-    replica = Replica("attention-0")
-    async with Router([replica]) as router:
-        reader = Reader(router, "a")
-        await until(lambda: "a" in replica.running)
-        replica.give("a", 5, cached_tokens=2)
-        replica.give("a", 6, 7, finish_reason=FinishReason.LENGTH)
-        await asyncio.wait_for(reader.task, DEADLINE_S)
-    assert reader.tokens == [5, 6, 7]
-    assert reader.outputs[0].cached_tokens == 2
-    assert replica.aborted == []
-    assert replica.closed
+@pytest.fixture
+def clients():
+    return [MemoryClient("attention-0"), MemoryClient("attention-1")]
 
 
-async def test_requests_go_to_the_least_loaded_replica():
-    replicas = [Replica("attention-0"), Replica("attention-1"), Replica("attention-2")]
-    async with Router(replicas) as router:
-        readers = [Reader(router, str(number)) for number in range(6)]
-        await until(lambda: sum(len(replica.running) for replica in replicas) == 6)
-        assert [len(replica.running) for replica in replicas] == [2, 2, 2]
-        for reader in readers:
-            reader.task.cancel()
+async def test_outputs_reach_their_own_reader_in_order(clients):
+    async with Router(clients[:1]) as router:
+        readers = [Reader(router, make_request(name)) for name in "ab"]
+        await until(lambda: len(clients[0].submitted) == 2)
+        clients[0].give("a", 5)
+        clients[0].give("b", 6)
+        clients[0].give("nobody's", 7)
+        clients[0].give("a", 8, end="stop", stop_token_id=8)
+        clients[0].give("b", 9, end="length")
+        await asyncio.gather(*(reader.task for reader in readers))
+    assert [reader.token_ids for reader in readers] == [[5, 8], [6, 9]]
+    assert clients[0].aborted == []
 
 
-async def test_a_known_prefix_goes_where_its_blocks_are_until_that_replica_is_too_busy():
-    replicas = [Replica("attention-0"), Replica("attention-1")]
-    prefix = tuple(range(CHUNK_TOKENS))
-    async with Router(replicas) as router:
-        readers = [Reader(router, "other"), Reader(router, "first", prompt=(*prefix, 1))]
-        await until(lambda: "first" in replicas[1].running)
-        # One each now; as many more as the slack allows go where the prefix is.
-        readers += [
-            Reader(router, f"again-{number}", prompt=(*prefix, number)) for number in range(AFFINITY_SLACK + 1)
-        ]
-        await until(lambda: len(replicas[1].running) == AFFINITY_SLACK + 2)
-        readers.append(Reader(router, "spilled", prompt=(*prefix, 99)))
-        await until(lambda: "spilled" in replicas[0].running)
-        for reader in readers:
-            reader.task.cancel()
+async def test_the_least_loaded_replica_is_chosen(clients):
+    async with Router(clients) as router:
+        for name in "abcd":
+            Reader(router, make_request(name, prompt=[ord(name)]))
+        await until(lambda: sum(len(client.submitted) for client in clients) == 4)
+        assert [len(client.submitted) for client in clients] == [2, 2]
 
 
-async def test_a_reader_that_leaves_aborts_its_request():
-    replica = Replica("attention-0")
-    async with Router([replica]) as router:
-        outputs = router.generate(request("a"))
-        first = asyncio.create_task(anext(outputs))
-        await until(lambda: "a" in replica.running)
-        replica.give("a", 5)
-        await asyncio.wait_for(first, DEADLINE_S)
+async def test_a_long_unread_prompt_counts_more_than_a_decoding_request(clients):
+    async with Router(clients) as router:
+        Reader(router, make_request("long", prompt=[1] * 500))
+        await until(lambda: clients[0].submitted)
+        for name in "abc":
+            Reader(router, make_request(name, prompt=[ord(name)]))
+        await until(lambda: len(clients[1].submitted) == 3)
+        clients[0].give("long", 1)
+        await until(lambda: router._replicas["attention-0"].load_tokens == REQUEST_TOKENS)
+        Reader(router, make_request("d", prompt=[9]))
+        await until(lambda: len(clients[0].submitted) == 2)
+
+
+async def test_a_known_beginning_goes_to_the_replica_that_knows_it(clients):
+    prompt = list(range(200))
+    async with Router(clients) as router:
+        first = Reader(router, make_request("first", prompt))
+        await until(lambda: clients[0].submitted)
+        clients[0].give("first", 1, end="stop")
+        await first.task
+        Reader(router, make_request("other", [7] * 40))
+        await until(lambda: clients[0].submitted[1:] or clients[1].submitted)
+        for name in "ab":
+            Reader(router, make_request(name, [*prompt, ord(name)]))
+        await until(lambda: sum(len(client.submitted) for client in clients) == 4)
+    where = {request.request_id: index for index, client in enumerate(clients) for request in client.submitted}
+    # 128 known tokens are worth waiting behind one request of 40 + REQUEST_TOKENS, but not behind a long prompt too.
+    assert where == {"first": 0, "other": 0, "a": 0, "b": 1}
+
+
+async def test_closing_the_generator_aborts_at_once(clients):
+    async with Router(clients[:1]) as router:
+        outputs = router.generate(make_request("a"))
+        clients[0].give("a", 5)
+        assert (await anext(outputs)).token_ids == (5,)
         await outputs.aclose()
-        assert replica.aborted == ["a"]
-        replica.give("a", 6)  # was under way already; harmless
-        reader = Reader(router, "b")
-        await until(lambda: "b" in replica.running)
-        replica.give("b", 9, finish_reason=FinishReason.STOP)
-        await asyncio.wait_for(reader.task, DEADLINE_S)
-    assert reader.tokens == [9]
+        assert clients[0].aborted == ["a"]
+        clients[0].give("a", 6)  # was under way when the abort was
+        assert await router.drain(1)
 
 
-async def test_requests_of_a_dead_replica_go_on_at_another_with_their_tokens_so_far():
-    replicas = [Replica("attention-0"), Replica("attention-1")]
-    async with Router(replicas) as router:
-        reader = Reader(router, "a")
-        await until(lambda: "a" in replicas[0].running)
-        replicas[0].give("a", 5, 6)
-        await until(lambda: reader.tokens == [5, 6])
-        replicas[0].die()
-        await until(lambda: "a" in replicas[1].running)
-        moved = replicas[1].running["a"]
-        assert (moved.prompt_token_ids, moved.resumed_output_token_ids) == ((1, 2, 3), (5, 6))
-        assert moved.sampling == request("a").sampling
-        assert router.health() == ["attention-0 is not connected"]
-        replicas[1].give("a", 7, finish_reason=FinishReason.STOP, cached_tokens=3)
-        await asyncio.wait_for(reader.task, DEADLINE_S)
-    assert reader.tokens == [5, 6, 7]
-    assert [output.cached_tokens for output in reader.outputs] == [0, 0]
-    assert replicas[0].closed
-
-
-async def test_a_replica_found_dead_at_submission_is_passed_over():
-    replicas = [Replica("attention-0"), Replica("attention-1")]
-    replicas[0].gone = True
-    async with Router(replicas) as router:
-        reader = Reader(router, "a")
-        await until(lambda: "a" in replicas[1].running)
+async def test_a_cancelled_reader_aborts_at_once(clients):
+    async with Router(clients[:1]) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
         reader.task.cancel()
+        await asyncio.wait([reader.task])
+        assert clients[0].aborted == ["a"]
 
 
-async def test_the_only_replicas_requests_wait_for_its_restart():
-    old, new = Replica("attention-0"), Replica("attention-0")
-    async with Router([old]) as router:
-        reader = Reader(router, "a")
-        await until(lambda: "a" in old.running)
-        old.give("a", 5)
-        old.die()
-        await until(lambda: router.health())
-        late = Reader(router, "b")
-        with pytest.raises(UnavailableError, match="no attention worker"):
-            await asyncio.wait_for(late.task, DEADLINE_S)
-        router.replace("attention-0", new)
+async def test_a_request_goes_on_at_another_replica_and_no_token_comes_twice(clients):
+    async with Router(clients) as router:
+        reader = Reader(router, make_request("a", min_tokens=3))
+        await until(lambda: clients[0].submitted)
+        clients[0].give("a", 5, cached_tokens=1)
+        clients[0].give("a", 6)
+        clients[0].die()
+        await until(lambda: clients[1].submitted)
+        await until(lambda: reader.token_ids == [5, 6])
+        (resumed,) = clients[1].submitted
+        assert resumed == GenerationRequest("a", (1, 2), make_request("a", min_tokens=3).sampling, (5, 6))
+        clients[1].give("a", 7, cached_tokens=2)
+        clients[1].give("a", 8, end="length")
+        await reader.task
+        assert reader.token_ids == [5, 6, 7, 8]
+        assert [output.cached_tokens for output in reader.outputs] == [1, 0, 0, 0]
+        assert clients[0].closed
+        (sentence,) = router.health()
+        assert "attention-0" in sentence
+        assert "the connection ended" in sentence
+
+
+async def test_a_death_noticed_by_submitting_is_a_death(clients):
+    async with Router(clients) as router:
+        clients[0]._dead = True
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[1].submitted)
+        clients[1].give("a", 5, end="stop")
+        await reader.task
+        assert len(router.health()) == 1
+
+
+async def test_a_second_death_is_survived_too(clients):
+    async with Router(clients) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        clients[0].give("a", 5)
+        clients[0].die()
+        await until(lambda: clients[1].submitted)
+        clients[1].give("a", 6)
+        clients[1].die()
+        await until(lambda: len(router.health()) == 2)
+        back = MemoryClient("attention-0")
+        router.replace("attention-0", back)
+        await until(lambda: back.submitted)
+        assert back.submitted[0].resumed_output_token_ids == (5, 6)
+        back.give("a", 7, end="stop")
+        await reader.task
+        assert reader.token_ids == [5, 6, 7]
+        assert len(router.health()) == 1
+
+
+async def test_replacing_a_replica_whose_death_was_not_noticed_moves_its_requests(clients):
+    async with Router(clients[:1]) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        back = MemoryClient("attention-0")
+        router.replace("attention-0", back)
+        await until(lambda: back.submitted)
+        clients[0].give("a", 99)
+        back.give("a", 5, end="stop")
+        await reader.task
+        assert reader.token_ids == [5]
         assert router.health() == []
-        assert new.running["a"].resumed_output_token_ids == (5,)
-        new.give("a", 6, finish_reason=FinishReason.LENGTH)
-        await asyncio.wait_for(reader.task, DEADLINE_S)
-    assert reader.tokens == [5, 6]
 
 
-async def test_a_replacement_may_come_before_the_death_is_noticed():
-    old, new = Replica("attention-0"), Replica("attention-0")
-    async with Router([old]) as router:
-        reader = Reader(router, "a")
-        await until(lambda: "a" in old.running)
-        router.replace("attention-0", new)
-        assert "a" in new.running
-        old.die()
-        new.give("a", 4, finish_reason=FinishReason.LENGTH)
-        await asyncio.wait_for(reader.task, DEADLINE_S)
-        assert router.health() == []
-    assert reader.tokens == [4]
+async def test_waiting_for_a_replacement_ends_by_the_deadline(clients):
+    async with Router(clients[:1], failover_timeout_s=0.0) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        clients[0].die()
+        with pytest.raises(UnavailableError, match="attention-0 died"):
+            await reader.task
+        router.replace("attention-0", back := MemoryClient("attention-0"))
+        assert back.submitted == []
 
 
-async def test_a_request_without_a_replica_ends_at_its_deadline():
-    replica = Replica("attention-0")
-    async with Router([replica], failover_timeout_s=0.05) as router:
-        reader = Reader(router, "a")
-        await until(lambda: "a" in replica.running)
-        replica.die()
-        with pytest.raises(UnavailableError, match=r"attention-0: .* no other came within 0\.05 s"):
-            await asyncio.wait_for(reader.task, DEADLINE_S)
+async def test_without_a_live_replica_new_requests_are_refused(clients):
+    async with Router(clients[:1]) as router:
+        clients[0].die()
+        await until(router.health)
+        with pytest.raises(UnavailableError, match="attention-0 has been out of reach"):
+            await anext(router.generate(make_request("a")))
 
 
-async def test_leaving_ends_what_is_under_way():
-    replica = Replica("attention-0")
-    async with Router([replica]) as router:
-        reader = Reader(router, "a")
-        await until(lambda: "a" in replica.running)
+async def test_an_error_of_the_replica_is_passed_on_and_not_repeated(clients):
+    async with Router(clients) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        clients[0].give("a", end="error", error="worker ffn-0: gone")
+        await reader.task
+    assert reader.outputs[-1].error == "worker ffn-0: gone"
+    assert clients[1].submitted == []
+
+
+async def test_drain_waits_for_the_running_and_refuses_the_new(clients):
+    async with Router(clients[:1]) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        assert not await router.drain(0.0)
+        draining = asyncio.create_task(router.drain(10))
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await anext(router.generate(make_request("b")))
+        assert not draining.done()
+        clients[0].give("a", 5, end="stop")
+        assert await draining
+        assert reader.token_ids == [5]
+
+
+async def test_closing_the_router_ends_what_is_under_way(clients):
+    async with Router(clients[:1]) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+    assert clients[0].closed
     with pytest.raises(UnavailableError, match="shutting down"):
-        await asyncio.wait_for(reader.task, DEADLINE_S)
+        await reader.task
 
 
-async def test_statistics_are_handed_on_with_the_replicas_name():
+async def test_statistics_are_passed_on_and_cost_no_token_when_they_fail(clients):
     seen = []
-    replica = Replica("attention-0")
-    async with Router([replica], lambda name, stats: seen.append((name, stats.num_running))) as router:
-        reader = Reader(router, "a")
-        await until(lambda: "a" in replica.running)
-        replica.give("a", 5, finish_reason=FinishReason.STOP)
-        await asyncio.wait_for(reader.task, DEADLINE_S)
-    assert seen == [("attention-0", 1)]
 
+    def on_stats(name, stats):
+        seen.append((name, stats.num_running))
+        raise KeyError("a bug in the metrics")
 
-def test_a_local_client_serves_one_event_loop_after_the_other():
-    client = LocalReplicaClient("attention-0")
-
-    class Echo:
-        def submit(self, request):
-            output = RequestOutput(request.request_id, (1,), finish_reason=FinishReason.STOP)
-            client.deliver(ReplicaUpdate((output,), ReplicaStats()))
-
-        def abort(self, request_id):
-            raise AssertionError("nothing is left to abort")
-
-    client.attach(Echo())
-
-    async def once():
-        async with Router([client]) as router:
-            return [output.token_ids async for output in router.generate(request("a"))]
-
-    assert asyncio.run(once()) == [(1,)]
-    client.deliver(ReplicaUpdate((), ReplicaStats()))  # nobody listens
-    assert asyncio.run(once()) == [(1,)]
-
-
-def test_prefixes_are_remembered_by_their_longest_match():
-    memory = PrefixMemory()
-    first = list(range(3 * CHUNK_TOKENS))
-    memory.note(first, "a")
-    memory.note([*first[:CHUNK_TOKENS], *[7] * CHUNK_TOKENS], "b")
-    assert memory.find([*first, 99]) == "a"
-    assert memory.find([*first[:CHUNK_TOKENS], 5]) == "b"
-    assert memory.find(first[: CHUNK_TOKENS - 1]) is None
-    assert memory.find([3] * CHUNK_TOKENS) is None
+    async with Router(clients[:1], on_stats) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        clients[0].give("a", 5)
+        clients[0].give("a", 6, end="stop")
+        await reader.task
+        assert router.health() == []
+    assert reader.token_ids == [5, 6]
+    assert seen == [("attention-0", 1)] * 2
