@@ -47,9 +47,15 @@ def _add_generation_routes(
         usage = Usage(job)
         try:
             if not body.stream:
-                return JSONResponse(await unless_client_leaves(request.receive, collect(pieces, answer, usage)))
+                whole = collect(pieces, answer, usage)
+                return JSONResponse(await unless_client_leaves(request.receive, whole))
             stream = events(pieces, answer, usage, body)
-            return EventStream(await unless_client_leaves(request.receive, anext(stream)), stream)
+            try:
+                first = await unless_client_leaves(request.receive, anext(stream))
+            except BaseException:
+                await stream.aclose()
+                raise
+            return EventStream(first, stream)
         except ClientLeftError:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 DONE = b"data: [DONE]\n\n"
+FAREWELL_TIMEOUT_S = 1.0
 
 
 class ClientLeftError(Exception):
@@ -44,7 +45,7 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Resul
     watching = asyncio.create_task(_until_disconnected(receive))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        if watching.done():  # first: a server may say it only once
             raise ClientLeftError
         return working.result()
     except asyncio.CancelledError:
@@ -129,8 +130,11 @@ class EventStream(Response):
         try:
             await unless_client_leaves(receive, self._send_all(send))
         except UnavailableError as error:
-            await _send_part(send, encoded(describe(error)[1]))
-            await _send_part(send, b"", more=False)
+            # The server waits no longer, least of all for a client that does not read.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_TIMEOUT_S):
+                    await _send_part(send, encoded(describe(error)[1]))
+                    await _send_part(send, b"", more=False)
         except (ClientLeftError, OSError):
             logger.debug("a client left its stream")
 

@@ -1,8 +1,10 @@
 """A service that plays scripted outputs, and the app around it with a small tokenizer."""
 
 import asyncio
+import json
 
 import httpx
+import openai
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -95,3 +97,21 @@ def app_for(service, **settings):
 def client_for(service, **settings):
     transport = httpx.ASGITransport(app_for(service, **settings), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+def openai_client(service, **settings):
+    return openai.AsyncOpenAI(
+        base_url="http://test/v1", api_key="k", max_retries=0, http_client=client_for(service, **settings)
+    )
+
+
+async def post(service, path="/v1/completions", settings=None, **body):
+    async with client_for(service, **(settings or {})) as client:
+        return await client.post(path, json=body)
+
+
+def events(response):
+    """The JSON of every event; the stream must end with [DONE]."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]

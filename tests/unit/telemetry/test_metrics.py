@@ -1,0 +1,83 @@
+import re
+from dataclasses import replace
+
+from afd_server.telemetry.metrics import Metrics
+from afd_server.types import ReplicaStats, StepTiming
+
+
+def value(metrics, name, **labels):
+    """Sum of the samples of that name with these labels; None when there is none."""
+    samples = re.findall(rf"^afd:{name}\{{([^}}]*)\}} (\S+)$", metrics.exposition().decode(), re.M)
+    wanted = [f'{key}="{text}"' for key, text in labels.items()]
+    found = [float(number) for given, number in samples if all(pair in given for pair in wanted)]
+    return sum(found) if found else None
+
+
+def test_the_state_of_replicas():
+    metrics = Metrics("m")
+    metrics.observe_step(
+        "attention-0", ReplicaStats(num_running=3, num_waiting=2, num_blocks=10, num_free_blocks=4)
+    )
+    metrics.observe_step("attention-1", ReplicaStats(num_running=1))
+    assert value(metrics, "num_requests_running", engine="attention-0", model_name="m") == 3
+    assert value(metrics, "num_requests_running") == 4
+    assert value(metrics, "num_requests_waiting", engine="attention-0") == 2
+    assert value(metrics, "kv_cache_usage_perc", engine="attention-0") == 0.6
+    assert value(metrics, "kv_cache_usage_perc", engine="attention-1") == 0
+
+
+def test_totals_become_counters_across_a_restart():
+    metrics = Metrics("m")
+    first = ReplicaStats(num_preemptions=2, prefix_cache_queried_tokens=100, prefix_cache_hit_tokens=40)
+    metrics.observe_step("a", first)
+    metrics.observe_step("a", first)
+    metrics.observe_step("a", replace(first, prefix_cache_queried_tokens=150, prefix_cache_hit_tokens=60))
+    restarted = ReplicaStats(num_preemptions=2, prefix_cache_queried_tokens=30, prefix_cache_hit_tokens=10)
+    metrics.observe_step("a", restarted)
+    assert value(metrics, "num_preemptions_total") == 4
+    assert value(metrics, "prefix_cache_queries_total") == 180
+    assert value(metrics, "prefix_cache_hits_total") == 70
+
+
+def test_where_the_time_of_a_step_went():
+    metrics = Metrics("m")
+    timing = StepTiming(
+        total_s=1.0, attention_s=0.4, ffn_s=0.8, wire_s=0.02, bubble_s=0.25, num_hops=20, num_micro_batches=2,
+        num_tokens=8, ffn_rows=160,
+    )  # fmt: skip
+    metrics.observe_step("a", ReplicaStats(timing=timing))
+    metrics.observe_step("a", ReplicaStats())  # nothing was computed
+    sums = {"attention_hop_seconds": 0.02, "ffn_hop_seconds": 0.04, "wire_hop_seconds": 0.001, "bubble_share": 0.25,
+            "micro_batches": 2, "ffn_batch_rows": 8, "step_seconds": 1}  # fmt: skip
+    for name, expected in sums.items():
+        assert value(metrics, f"{name}_count", engine="a") == 1
+        assert abs(value(metrics, f"{name}_sum") - expected) < 1e-9
+
+
+def test_the_life_of_a_request():
+    metrics = Metrics("m")
+    metrics.observe_prompt(5)
+    metrics.observe_tokens(1, 0.25, first=True)
+    metrics.observe_tokens(2, 0.5, first=False)
+    metrics.observe_finish("stop", total_s=0.75, decode_s=0.5, num_tokens=3)
+    assert value(metrics, "prompt_tokens_total") == 5
+    assert value(metrics, "generation_tokens_total") == 3
+    assert value(metrics, "time_to_first_token_seconds_sum") == 0.25
+    assert value(metrics, "inter_token_latency_seconds_sum") == 0.5
+    assert value(metrics, "time_per_output_token_seconds_sum") == 0.25
+    assert value(metrics, "e2e_request_latency_seconds_sum") == 0.75
+    assert value(metrics, "request_success_total", finished_reason="stop") == 1
+
+
+def test_requests_that_were_cut_off_say_nothing_about_speed():
+    metrics = Metrics("m")
+    metrics.observe_finish("abort", total_s=9, decode_s=8, num_tokens=3)
+    assert value(metrics, "request_success_total", finished_reason="abort") == 1
+    assert value(metrics, "e2e_request_latency_seconds_count") == 0
+    assert value(metrics, "time_per_output_token_seconds_count") == 0
+
+
+def test_servers_of_one_process_do_not_share_metrics():
+    first, second = Metrics("m"), Metrics("m")
+    first.observe_prompt(5)
+    assert value(second, "prompt_tokens_total") == 0
