@@ -160,24 +160,20 @@ def test_each_side_holds_only_its_own(server, directory):
     assert psutil.pid_exists(attention)
 
 
-def test_a_killed_ffn_worker_comes_back_and_the_stream_goes_on(server, client):
-    prompt = "The history of the railway begins"
-    ask = {
-        "model": "smol",
-        "prompt": prompt,
-        "temperature": 0,
-        "max_tokens": 150,
-        "extra_body": {"ignore_eos": True},
-    }
+@pytest.mark.parametrize("role", ["FFN", "Attention"])
+def test_a_killed_worker_comes_back_and_the_stream_goes_on(server, client, role):
+    prompt = f"The history of the railway begins ({role})"
+    ask = {"model": "smol", "prompt": prompt, "temperature": 0.7, "seed": 3, "max_tokens": 100}
+    ask["extra_body"] = {"ignore_eos": True}
     undisturbed = client.completions.create(**ask).choices[0].text
-    (pid,) = server.pids("FFN")
+    (pid,) = server.pids(role)
     text = ""
     for number, chunk in enumerate(client.completions.create(**ask, stream=True)):
         text += chunk.choices[0].text
         if number == 10:
             os.kill(pid, signal.SIGKILL)
     assert text == undisturbed
-    (new_pid,) = server.pids("FFN")
+    (new_pid,) = server.pids(role)
     assert new_pid != pid
     wait_until(lambda: httpx.get(f"{server.url}/health", timeout=30).status_code == 200)
 
