@@ -23,7 +23,7 @@ from afd_server.checkpoints.locate import locate_model
 from afd_server.cluster.layout import link_shape, resolve
 from afd_server.cluster.workers import AttentionReplica, FFNServer, Started, attention_name, ffn_name
 from afd_server.config import ServeConfig
-from afd_server.models.spec import read_model_spec
+from afd_server.models.families import read_model_spec
 from afd_server.router.replica_client import LocalReplicaClient, ReplicaClient
 from afd_server.router.router import Router
 from afd_server.text.tokenizer import Tokenizer

@@ -26,7 +26,8 @@ from afd_server.cluster.layout import resolve
 from afd_server.cluster.workers import Started, WorkerInfo
 from afd_server.config import ServeConfig
 from afd_server.errors import UnavailableError
-from afd_server.models.spec import ModelSpec, read_model_spec
+from afd_server.models.families import read_model_spec
+from afd_server.models.spec import ModelSpec
 from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.router import Router
 from afd_server.telemetry.logs import configure_logging

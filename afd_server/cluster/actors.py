@@ -21,7 +21,7 @@ from afd_server.cluster.layout import link_shape
 from afd_server.cluster.workers import AttentionReplica, FFNServer, WorkerInfo, attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.errors import ServingError, StartError
-from afd_server.models.spec import read_model_spec
+from afd_server.models.families import read_model_spec
 from afd_server.telemetry.logs import configure_logging
 from afd_server.transport.base import Endpoint
 from afd_server.transport.connect import choose_transport, connect

@@ -34,7 +34,7 @@ from afd_server.engine.scheduler import Scheduler
 from afd_server.ffn.worker import FFNWorker
 from afd_server.kvcache.storage import allocate_cache, num_blocks_for
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half
-from afd_server.models.spec import read_model_spec
+from afd_server.models.families import read_model_spec
 from afd_server.transport.base import Listener
 from afd_server.types import ReplicaUpdate
 

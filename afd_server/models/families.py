@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from afd_server.errors import ModelError
 from afd_server.models.config_file import ConfigFile
@@ -47,6 +48,18 @@ class Family:
     names: Mapping[str, str]
     ignored: tuple[str, ...] = (ROTARY_FREQUENCIES,)
     prediction_layers: bool = False
+
+
+def read_model_spec(directory: Path | str) -> ModelSpec:
+    """The model in a Hugging Face directory.
+
+    Raises ModelError, naming the key, for a config.json that is missing or damaged, an unknown architecture, and
+    anything in it that would change the result and is not served.
+    """
+    config = ConfigFile.open(Path(directory))
+    spec = family_of(config.architecture, config.where).read(config)
+    config.refuse_what_was_not_read()
+    return spec
 
 
 def family_of(architecture: str, where: str = "config.json") -> Family:

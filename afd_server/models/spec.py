@@ -1,14 +1,13 @@
 """What a model is, as plain numbers: read from a checkpoint's config.json, used by every other file of this room.
 
-What lives here: the frozen descriptions and `read_model_spec`. What does not: how one architecture spells them
-(families.py), names of tensors (families.py), tensors themselves (checkpoint.py). Imports no torch, so that layout and
+What lives here: the frozen descriptions. What does not: how they are read (families.py), names of tensors
+(tensor_names.py), tensors themselves (checkpoint.py). Imports no torch, so that layout and
 memory can be decided without it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 
@@ -153,19 +152,3 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     attention: AttentionSpec
     ffn: tuple[FFNSpec, ...]
-
-
-def read_model_spec(directory: Path | str) -> ModelSpec:
-    """The model in a Hugging Face directory.
-
-    Raises ModelError, naming the key, for a config.json that is missing or damaged, an unknown architecture, and
-    anything in it that would change the result and is not served.
-    """
-    # families.py builds the classes above, so it is imported here and not at the top.
-    from afd_server.models.config_file import ConfigFile
-    from afd_server.models.families import family_of
-
-    config = ConfigFile.open(Path(directory))
-    spec = family_of(config.architecture, config.where).read(config)
-    config.refuse_what_was_not_read()
-    return spec

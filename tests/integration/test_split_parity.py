@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from afd_server.config import ServeConfig
 from afd_server.llm import LLM
+from afd_server.models.families import read_model_spec
 from afd_server.router.router import Router
 from afd_server.types import GenerationRequest, SamplingParams
 from tests.checkpoints import write_checkpoint, write_tokenizer
@@ -149,7 +150,5 @@ async def _collect(router, request):
 
 
 def _bytes_per_token(directory):
-    from afd_server.models.spec import read_model_spec
-
     spec = read_model_spec(directory)
     return 4 * spec.num_layers * int(torch.tensor(spec.attention.cache_entry_shape).prod())

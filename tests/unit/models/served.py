@@ -6,8 +6,8 @@ import torch
 
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half
+from afd_server.models.families import read_model_spec
 from afd_server.models.halves import FFNShard, WholeModel
-from afd_server.models.spec import read_model_spec
 from afd_server.types import ScheduledRequest
 
 BLOCK_SIZE = 4

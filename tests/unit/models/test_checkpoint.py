@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from afd_server.errors import ModelError
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half
+from afd_server.models.families import read_model_spec
 from afd_server.models.halves import FFNShard
-from afd_server.models.spec import read_model_spec
 from tests.checkpoints import write_checkpoint
 from tests.unit.models.served import CPU, load_whole
 

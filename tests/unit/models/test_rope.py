@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from afd_server.models.families import read_model_spec
 from afd_server.models.rope import Rope
-from afd_server.models.spec import RopeSpec, read_model_spec
+from afd_server.models.spec import RopeSpec
 from tests.checkpoints import write_checkpoint
 from tests.unit.models.served import CPU, PLANS, load_whole, random_texts, run
 

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half
+from afd_server.models.families import read_model_spec
 from afd_server.models.ffn_call import FFNCall
 from afd_server.models.halves import FFNShard
-from afd_server.models.spec import MoESpec, read_model_spec
+from afd_server.models.spec import MoESpec
 from tests.checkpoints import write_checkpoint
 from tests.unit.models.served import CPU, PLANS, load_whole, random_texts, run
 

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from afd_server.errors import ModelError
-from afd_server.models.families import FAMILIES
-from afd_server.models.spec import DenseSpec, GQASpec, MFASpec, MLASpec, MoESpec, read_model_spec
+from afd_server.models.families import FAMILIES, read_model_spec
+from afd_server.models.spec import DenseSpec, GQASpec, MFASpec, MLASpec, MoESpec
 from tests.checkpoints import write_step3
 
 LLAMA = {
