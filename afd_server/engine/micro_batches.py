@@ -13,7 +13,7 @@ is the right answer, with many 2 to 4, and where the change comes is measured:
     corrected(m)       predicted(m) * measured / predicted of the last steps of this size that ran with m
 
 The least corrected time wins, a larger m only by a margin. Times are smoothed per power of two of tokens, interpolated
-between, and not guessed far beyond what was measured: a step of a new size runs as one micro-batch and is the measurement.
+between, and not guessed beyond what was measured: a step of a larger size runs as one micro-batch and is the measurement.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from afd_server.types import StepTiming
 SMOOTHING = 0.2
 # How much faster each further micro-batch must make a step, since noise also has its minimum somewhere.
 MARGIN = 0.03
-# Sizes beyond this multiple of the largest measured one are unknown.
-REACH = 2
 # Fewer measured sizes than this say nothing about the slope.
 MIN_MEASURED_SIZES = 2
 # A choice is remembered for this many steps; and each so often a step is run as one micro-batch to measure it anew.
@@ -68,6 +66,9 @@ class HopTimes:
             (1 - share) * mine + share * theirs
             for mine, theirs in zip(self._values(), other._values(), strict=True)
         ))  # fmt: skip
+
+    def scaled(self, factor: float) -> HopTimes:
+        return HopTimes(*(factor * value for value in self._values()))
 
     def _values(self) -> tuple[float, float, float, float]:
         return self.tokens, self.attention_s, self.ffn_s, self.wire_s
@@ -156,7 +157,7 @@ class MicroBatchChooser:
         total = sum(num_tokens)
         size = _size(total)
         whole = Expectation(size, 1, self._predict([total]) if self._measured else 0.0)
-        known = len(self._measured) >= MIN_MEASURED_SIZES and total <= REACH * max(self._sizes())
+        known = len(self._measured) >= MIN_MEASURED_SIZES and size <= max(self._measured)
         measured_ago = self._num_observed - self._measured_at.get(size, self._num_observed)
         if not known or measured_ago >= STEPS_PER_REFRESH:
             return whole
@@ -176,31 +177,20 @@ class MicroBatchChooser:
     def _predict(self, loads: Iterable[int]) -> float:
         return predict_step_s([self._times(load) for load in loads], self._num_layers)
 
-    def _sizes(self) -> list[float]:
-        return sorted(times.tokens for times in self._measured.values())
-
     def _times(self, tokens: int) -> HopTimes:
-        """Of a micro-batch of this size: on the line between the measured sizes around it, or through the last two.
+        """Of a micro-batch of this size: on the line between the measured sizes around it.
 
-        Below the smallest it is the smallest's: reading the weights takes its time even for one token.
+        Below the smallest it is the smallest's: reading the weights takes its time even for one token. Above the
+        largest, which is within a factor of two, it is in proportion.
         """
         points = sorted(self._measured.values(), key=lambda times: times.tokens)
-        if tokens <= points[0].tokens or len(points) == 1:
+        if tokens <= points[0].tokens:
             return points[0]
-        above = next((index for index, point in enumerate(points) if point.tokens >= tokens), len(points) - 1)
+        if tokens >= points[-1].tokens:
+            return points[-1].scaled(tokens / points[-1].tokens)
+        above = next(index for index, point in enumerate(points) if point.tokens >= tokens)
         low, high = points[above - 1], points[above]
-        # Noise can make the larger of two sizes the faster one; beyond them that must not go on.
-        share = (tokens - low.tokens) / (high.tokens - low.tokens)
-        return low.mixed(high, share) if share <= 1 else _floored(low.mixed(high, share), high)
-
-
-def _floored(times: HopTimes, floor: HopTimes) -> HopTimes:
-    return HopTimes(
-        times.tokens,
-        max(times.attention_s, floor.attention_s),
-        max(times.ffn_s, floor.ffn_s),
-        max(times.wire_s, floor.wire_s),
-    )
+        return low.mixed(high, (tokens - low.tokens) / (high.tokens - low.tokens))
 
 
 def _smoothed(old: float, new: float) -> float:

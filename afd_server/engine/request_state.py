@@ -76,7 +76,7 @@ class RequestState:
 
     def forget_computed(self) -> None:
         """It has been preempted: everything is to be computed again. The caller has released its blocks."""
-        self.blocks, self.num_computed, self.num_registered = [], 0, 0
+        self.blocks, self.num_computed = [], 0
 
     def scheduled(self) -> ScheduledRequest:
         """Its part in the step under way."""

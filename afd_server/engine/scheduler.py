@@ -95,10 +95,9 @@ class Scheduler:
         assert self._under_way is None, "the last step has neither been completed nor failed"
         if not self.has_work:
             return None
-        budget, preempted = self._schedule_decodes(self._max_step_tokens)
+        budget = self._schedule_decodes(self._max_step_tokens)
         budget = self._schedule_prefills(budget)
-        # After a preemption the blocks are what is short: whoever would be admitted now would be preempted next.
-        admitted = [] if preempted else self._admit(budget)
+        admitted = self._admit(budget)
         scheduled = [state for state in self._running if state.num_scheduled]
         assert scheduled, "requests wait and none can run"
         num_tokens = [state.num_scheduled for state in scheduled]
@@ -172,9 +171,8 @@ class Scheduler:
 
     # --- inside a step ---------------------------------------------------------------------------------------------
 
-    def _schedule_decodes(self, budget: int) -> tuple[int, bool]:
-        """One token for each decoding request, oldest first. (tokens left, whether any request was preempted)"""
-        preempted_before = self._num_preemptions
+    def _schedule_decodes(self, budget: int) -> int:
+        """One token for each decoding request, oldest first. Gives the tokens left of the budget, as the next one does."""
         for state in [state for state in self._running if state.num_uncomputed == 1]:
             if budget == 0:
                 break
@@ -186,7 +184,7 @@ class Scheduler:
                 state.blocks += self._pool.allocate(1)
             state.num_scheduled = 1
             budget -= 1
-        return budget, self._num_preemptions > preempted_before
+        return budget
 
     def _make_room(self, state: RequestState) -> bool:
         """Preempts the latest requests until a block is free; False when `state` itself had to go.
@@ -206,7 +204,7 @@ class Scheduler:
     def _schedule_prefills(self, budget: int) -> int:
         """What is left of prompts that are being read, oldest first. Their blocks are theirs since they were admitted."""
         for state in self._running:
-            if state.num_uncomputed > 1 and budget:
+            if state.num_uncomputed > 1:
                 state.num_scheduled = min(state.num_uncomputed, budget)
                 budget -= state.num_scheduled
         return budget

@@ -134,6 +134,14 @@ def test_an_unknown_size_is_measured_first():
     assert run_steps(chooser, machine, [100] * 8, STEPS_PER_DECISION + 1)[-1] > 1
 
 
+def test_between_and_a_little_above_the_measured_sizes_times_go_on_growing():
+    machine, chooser = Machine(), MicroBatchChooser("auto")
+    for size in (1, 33):
+        chooser.observe(machine.run([1] * size, 1))
+    assert chooser.choose([1] * 20) > 1
+    assert chooser.choose([1] * 64) > 1
+
+
 def test_overlap_that_does_not_pay_here_is_given_up():
     """Predicted to pay, but both sides share one processor: seen after a few steps, and not tried for long."""
     machine = Machine(contention=2.5)

@@ -178,6 +178,36 @@ def test_the_latest_is_preempted_and_comes_back_with_its_output():
         assert run.outputs[name] == continuation(prompt, SamplingParams(12, ignore_eos=True), 32)[0]
 
 
+def test_a_preempted_request_comes_back_before_those_that_came_later():
+    run = Run(num_blocks=8, max_num_seqs=2)
+    for name, max_tokens in (("a", 12), ("b", 12), ("c", 2)):
+        run.add(name, [ord(name)] * 10, max_tokens=max_tokens, ignore_eos=True)
+    run.finish()
+    assert [start.request_id for plan in run.worker.plans for start in plan.started] == ["a", "b", "b", "c"]
+    # What b found again was its own: the prefix cache did not save anybody else's work.
+    stats = run.scheduler.stats()
+    assert (stats.num_preemptions, stats.prefix_cache_queried_tokens, stats.prefix_cache_hit_tokens) == (
+        1,
+        30,
+        0,
+    )
+
+
+def test_a_cached_prefix_is_no_room_for_the_rest():
+    """Free blocks that hold the prefix cannot also be those for the tokens after it."""
+    run = Run(num_blocks=8)
+    run.add("a", range(1, 21), max_tokens=1)
+    run.finish()
+    run.add("other", [30] * 15, max_tokens=2, ignore_eos=True)
+    run.step()
+    assert run.scheduler.stats().num_free_blocks == 4
+    run.add("again", [*range(1, 21), 5, 5, 5])
+    run.step()
+    assert run.scheduler.stats().num_waiting == 1
+    run.finish()
+    assert run.first["again"].cached_tokens == 16
+
+
 def test_a_prompt_seen_before_is_read_from_the_cache():
     run = Run()
     run.add("a", range(1, 14))

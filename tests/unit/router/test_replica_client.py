@@ -11,7 +11,14 @@ from afd_server.engine.scheduler import Scheduler
 from afd_server.errors import UnavailableError, WorkerDiedError
 from afd_server.router.replica_client import LocalReplicaClient
 from afd_server.router.router import Router
-from afd_server.types import GenerationRequest, SamplingParams
+from afd_server.types import (
+    FinishReason,
+    GenerationRequest,
+    ReplicaStats,
+    ReplicaUpdate,
+    RequestOutput,
+    SamplingParams,
+)
 from tests.unit.engine.toy_worker import ToyWorker, continuation, small_config
 
 SAMPLING = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -56,6 +63,34 @@ def test_what_a_router_leaves_behind_is_aborted(client):
 
     asyncio.run(leave())
     assert asyncio.run(run(client, [[1, 2]])) == [continuation([1, 2], SAMPLING, 32)[0]]
+
+
+class Recorder:
+    """In an engine loop's place: what the client asks of it."""
+
+    def __init__(self):
+        self.submitted, self.aborted = [], []
+        self.submit, self.abort = self.submitted.append, self.aborted.append
+
+
+async def test_closing_aborts_what_has_not_ended_and_hears_no_more():
+    client, recorder = LocalReplicaClient("attention-0"), Recorder()
+    client.attach(recorder)
+    updates = client.updates()
+    for name in "abc":
+        client.submit(GenerationRequest(name, (1,), SAMPLING))
+    ended = RequestOutput("a", (5,), finish_reason=FinishReason.STOP)
+    client.deliver(ReplicaUpdate((ended,), ReplicaStats()))
+    assert (await anext(updates)).outputs == (ended,)
+    client.abort("b")
+    client.close()
+    assert recorder.aborted == ["b", "c"]
+    client.deliver(ReplicaUpdate((ended,), ReplicaStats()))
+    more = asyncio.ensure_future(anext(updates))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not more.done()
+    more.cancel()
 
 
 def test_a_replica_that_has_stopped_is_gone(client):

@@ -43,6 +43,12 @@ async def until(condition):
             await asyncio.sleep(0)
 
 
+async def turns(count=5):
+    """Lets the event loop do what is due, timers of no delay included."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 @pytest.fixture
 def clients():
     return [MemoryClient("attention-0"), MemoryClient("attention-1")]
@@ -166,24 +172,41 @@ async def test_a_second_death_is_survived_too(clients):
         router.replace("attention-0", back)
         await until(lambda: back.submitted)
         assert back.submitted[0].resumed_output_token_ids == (5, 6)
+        router.replace("attention-1", other := MemoryClient("attention-1"))
         back.give("a", 7, end="stop")
         await reader.task
         assert reader.token_ids == [5, 6, 7]
-        assert len(router.health()) == 1
+        assert (len(back.submitted), other.submitted) == (1, [])
+        assert router.health() == []
 
 
 async def test_replacing_a_replica_whose_death_was_not_noticed_moves_its_requests(clients):
-    async with Router(clients[:1]) as router:
+    async with Router(clients[:1], failover_timeout_s=0.0) as router:
         reader = Reader(router, make_request("a"))
         await until(lambda: clients[0].submitted)
         back = MemoryClient("attention-0")
         router.replace("attention-0", back)
         await until(lambda: back.submitted)
         clients[0].give("a", 99)
+        await turns()
         back.give("a", 5, end="stop")
         await reader.task
         assert reader.token_ids == [5]
         assert router.health() == []
+
+
+async def test_a_restarted_replica_has_an_empty_cache(clients):
+    prompt = list(range(200))
+    async with Router(clients) as router:
+        first = Reader(router, make_request("first", prompt))
+        await until(lambda: clients[0].submitted)
+        clients[0].give("first", 1, end="stop")
+        await first.task
+        router.replace("attention-0", back := MemoryClient("attention-0"))
+        Reader(router, make_request("other", [7]))
+        await until(lambda: back.submitted)
+        Reader(router, make_request("again", prompt))
+        await until(lambda: clients[1].submitted)
 
 
 async def test_waiting_for_a_replacement_ends_by_the_deadline(clients):
