@@ -74,7 +74,7 @@ class Admission:
         prompts = [
             Prompt(tuple(prompt))
             if isinstance(prompt, list)
-            else Prompt(tuple(await self._encode(prompt, body.add_special_tokens)), prompt)
+            else Prompt(tuple(await self._encode(prompt, body.add_special_tokens, "prompt")), prompt)
             for prompt in body.prompt
         ]
         return self._job("cmpl", body, prompts, "prompt", body.logprobs, COMPLETION_MAX_TOKENS, body.max_tokens)
@@ -103,7 +103,7 @@ class Admission:
             continue_final_message=body.continue_final_message,
             variables=body.chat_template_kwargs,
         )
-        prompt = Prompt(tuple(await self._encode(text, body.add_special_tokens)), text)
+        prompt = Prompt(tuple(await self._encode(text, body.add_special_tokens, "messages")), text)
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._job("chatcmpl", body, [prompt], "messages", num_logprobs, None, limit)
@@ -113,7 +113,11 @@ class Admission:
         if name is not None and name != served:
             raise ModelNotFoundError(f"the model {name!r} is not served here; {served!r} is", "model")
 
-    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def _encode(self, text: str, add_special_tokens: bool, field: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
+            raise RequestError(f"{field}: is not Unicode text: {error.reason}", field) from error
         if len(text) < LONG_TEXT:
             return self._tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)

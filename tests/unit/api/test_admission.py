@@ -1,6 +1,7 @@
 import pytest
 
 from afd_server.api.protocol import ChatCompletionRequest, CompletionRequest
+from afd_server.text.chat_template import ChatTemplate
 from afd_server.types import SamplingParams
 from tests.unit.api.scripted_service import ScriptedService, client_for, post, says
 
@@ -143,3 +144,26 @@ async def test_a_long_text_is_encoded_too():
 @pytest.mark.parametrize("model", [CompletionRequest, ChatCompletionRequest])
 def test_every_field_has_a_schema(model):
     assert set(model.model_json_schema()["properties"]) == set(model.model_fields)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"prompt": "\\ud800"}',
+        '{"prompt": ["a", "\\ud800"]}',
+        '{"prompt": "hi", "stop": "\\ud800"}',
+        '{"prompt": "hi", "model": "\\ud800"}',
+        '{"prompt": "hi", "\\ud800": 1}',
+        '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        '{"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"name": "\\ud800"}}',
+        "[" * 100_000,
+    ],
+)
+async def test_what_is_no_text_is_refused(body):
+    """Half a surrogate pair is valid JSON and no Unicode."""
+    template = ChatTemplate("{{ messages[0].content }}{{ name }}")
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    async with client_for(ScriptedService(says("a")), chat_template=template) as client:
+        response = await client.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 404)
+    assert response.json()["error"]["message"]

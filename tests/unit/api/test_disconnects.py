@@ -123,3 +123,16 @@ async def test_it_counts_as_aborted():
     metrics._scope |= {"method": "GET", "path": "/metrics"}
     text = (await metrics.first_event()).decode()
     assert 'afd:request_success_total{finished_reason="abort",model_name="tiny"} 1.0' in text
+
+
+async def test_who_leaves_as_the_answer_comes_has_left():
+    """A server may tell of the end only once: it must not be lost between the first event and the others."""
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def work():
+        return "the answer"
+
+    with pytest.raises(streaming.ClientLeftError):
+        await streaming.unless_client_leaves(receive, work())

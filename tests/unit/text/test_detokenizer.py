@@ -161,3 +161,9 @@ def test_a_stop_string_before_the_minimum_does_not_count():
     stop = StopStrings(["ab"])
     text = stop.feed("xab", may_stop=False) + stop.feed("a", may_stop=False) + stop.feed("b")
     assert (text, stop.found) == ("xab", "ab")
+
+
+def test_what_did_not_count_does_not_count_later():
+    stop = StopStrings(["abab", "b"])
+    text = stop.feed("a", may_stop=False) + stop.feed("b", may_stop=False) + stop.feed("x") + stop.flush()
+    assert (text, stop.found) == ("abx", None)
