@@ -1,6 +1,14 @@
 """The terminal client against the real front-end, served on a thread of this process."""
 
+import asyncio
+import fcntl
 import io
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
 import threading
 from contextlib import contextmanager
 
@@ -127,3 +135,60 @@ def assert_one_line(capsys, *words):
     assert shown.startswith("afd chat: ") and shown.count("\n") == 1
     for word in words:
         assert word in shown
+
+
+def test_at_a_terminal():
+    """Ctrl-C stops an answer and keeps the conversation, an error is one line of it, Ctrl-D leaves."""
+    stuck = [*says("ab")[:1], asyncio.Event()]
+    service = ScriptedService(stuck, [UnavailableError("busy")], says("fine"))
+    with served(service) as url, Terminal("chat", "--url", url) as terminal:
+        terminal.read_until("you> ")
+        terminal.write("Hello\n")
+        terminal.read_until("Hello", "a")
+        terminal.write("\x03")
+        terminal.read_until("you> ")
+        terminal.write("Again\n")
+        terminal.read_until("Again", "busy", "you> ")
+        terminal.write("Again\n")
+        terminal.read_until("fine", "you> ")
+        terminal.write("\x04")
+        assert terminal.wait() == 0
+    assert prompts(service)[2] == "<user>Hello<|end|><assistant>a<|end|><user>Again<|end|><assistant>"
+
+
+class Terminal:
+    """The command line behind a pseudo-terminal."""
+
+    def __init__(self, *arguments):
+        self._own, theirs = pty.openpty()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "afd_server", *arguments], stdin=theirs, stdout=theirs, stderr=theirs,
+            start_new_session=True, env={**os.environ, "TERM": "dumb"},
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(theirs)
+        self._seen = ""
+
+    def read_until(self, *words):
+        """Reads on until each of the words has come, in this order."""
+        for word in words:
+            while word not in self._seen:
+                assert select.select([self._own], [], [], DEADLINE_S)[0], (
+                    f"{word!r} did not come: {self._seen!r}"
+                )
+                self._seen += os.read(self._own, 4096).decode()
+            self._seen = self._seen.split(word, 1)[1]
+
+    def write(self, text):
+        os.write(self._own, text.encode())
+
+    def wait(self):
+        return self._process.wait(DEADLINE_S)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.wait(DEADLINE_S)
+        os.close(self._own)
