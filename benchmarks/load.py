@@ -23,7 +23,9 @@ from pathlib import Path
 
 import httpx
 
-WORDS = "stone river light seven market green paper window cloud engine north silver garden walk bread music".split()
+WORDS = (
+    "stone", "river", "light", "seven", "market", "green", "paper", "window", "cloud", "engine", "north", "silver",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Admission:
             else Prompt(tuple(await self._encode(prompt, body.add_special_tokens, "prompt")), prompt)
             for prompt in body.prompt
         ]
-        return self._job("cmpl", body, prompts, "prompt", body.logprobs, COMPLETION_MAX_TOKENS, body.max_tokens)
+        return self._job("cmpl", body, prompts, "prompt", body.logprobs, COMPLETION_MAX_TOKENS)
 
     async def admit_chat(self, body: ChatCompletionRequest) -> Job:
         """Raises RequestError, also for a model without a chat template."""
@@ -104,9 +104,8 @@ class Admission:
             variables=body.chat_template_kwargs,
         )
         prompt = Prompt(tuple(await self._encode(text, body.add_special_tokens, "messages")), text)
-        limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._job("chatcmpl", body, [prompt], "messages", num_logprobs, None, limit)
+        return self._job("chatcmpl", body, [prompt], "messages", num_logprobs, None)
 
     def _check_model(self, name: str | None) -> None:
         served = self._settings.model_name
@@ -130,17 +129,16 @@ class Admission:
         prompt_field: str,
         num_logprobs: int | None,
         default_max_tokens: int | None,
-        max_tokens: int | None,
     ) -> Job:
-        """One choice for each of the prompts and 0..n-1. max_tokens: as the client set it, if it did."""
+        """One choice for each of the prompts and 0..n-1."""
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream to be true", "stream_options")
         response_id = f"{kind}-{body.request_id or secrets.token_hex(16)}"
-        prompts = [self._fitted(prompt, body, prompt_field, max_tokens) for prompt in prompts]
+        prompts = [self._fitted(prompt, body, prompt_field) for prompt in prompts]
         choices = []
         for prompt_index, prompt in enumerate(prompts):
             room = self._settings.max_model_len - len(prompt.token_ids)
-            limit = self._max_tokens(max_tokens, default_max_tokens, room)
+            limit = self._max_tokens(body, default_max_tokens, room)
             for number in range(body.n):
                 index = prompt_index * body.n + number
                 # The suffix keeps ids apart that a client uses twice.
@@ -150,11 +148,10 @@ class Admission:
                 choices.append(Choice(index, prompt_index, prompt, request))
         return Job(response_id, int(time.time()), tuple(prompts), tuple(choices))
 
-    def _fitted(
-        self, prompt: Prompt, body: GenerationFields, prompt_field: str, max_tokens: int | None
-    ) -> Prompt:
+    def _fitted(self, prompt: Prompt, body: GenerationFields, prompt_field: str) -> Prompt:
         """The prompt, cut from the left where the client asks for it. Raises when it is empty, too long or not ids."""
         longest = self._settings.max_model_len
+        _, max_tokens = body.output_limit
         keep = body.truncate_prompt_tokens
         if keep == -1:
             keep = longest - max(1, max_tokens or 1)
@@ -174,14 +171,18 @@ class Admission:
             )
         return prompt
 
-    def _max_tokens(self, given: int | None, default: int | None, room: int) -> int:
+    def _max_tokens(self, body: GenerationFields, default: int | None, room: int) -> int:
+        """How long an output may get. room: what the prompt leaves of the context."""
+        field, given = body.output_limit
         if given is not None:
             if given > room:
                 raise RequestError(
-                    f"max_tokens: {given} are asked for, but the prompt leaves {room} of "
+                    f"{field}: {given} are asked for, but the prompt leaves {room} of "
                     f"{self._settings.max_model_len} tokens",
-                    "max_tokens",
+                    field,
                 )
+            if given == 0 and not getattr(body, "echo", False):
+                raise RequestError(f"{field}: must be at least 1", field)
             return given
         recommended = self._settings.default_sampling.get("max_tokens")
         limits = [limit for limit in (default, recommended) if limit is not None]
@@ -191,8 +192,6 @@ class Admission:
         self, body: GenerationFields, max_tokens: int, number: int, num_logprobs: int | None
     ) -> SamplingParams:
         """number: the choice's place among those of its prompt; each draws from a seed of its own."""
-        if max_tokens == 0 and not getattr(body, "echo", False):
-            raise RequestError("max_tokens: must be at least 1", "max_tokens")
         if body.min_tokens > max_tokens:
             raise RequestError(f"min_tokens: is above max_tokens, {max_tokens}", "min_tokens")
         seed = self._seeds.getrandbits(63) if body.seed is None else body.seed + number

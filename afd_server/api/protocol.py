@@ -19,6 +19,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationInfo,
+    model_validator,
 )
 
 MAX_CHOICES = 128  # of one prompt
@@ -72,7 +73,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _strings(value: Any) -> Any:
-    return [] if value is None else [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str) else value
 
 
 def _content(value: Any) -> Any:
@@ -97,6 +98,15 @@ MaxTokens = Annotated[StrictInt, Field(ge=0)]
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_the_default(cls, given: Any) -> Any:
+        """Client libraries send null for what their user has not set."""
+        if not isinstance(given, dict):
+            return given
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in given.items() if value is not None or name not in optional}
+
 
 class StreamOptions(Body):
     include_usage: StrictBool = False
@@ -108,7 +118,7 @@ class GenerationFields(Body):
     """What both routes have in common. None: the model's recommendation, then OpenAI's default."""
 
     model: StrictStr | None = None
-    stream: StrictBool | None = False
+    stream: StrictBool = False
     stream_options: StreamOptions | None = None
 
     max_tokens: MaxTokens | None = None
@@ -131,8 +141,8 @@ class GenerationFields(Body):
     skip_special_tokens: StrictBool = True
     spaces_between_special_tokens: StrictBool = True
     truncate_prompt_tokens: Annotated[StrictInt, Field(ge=-1)] | None = None
-    return_token_ids: StrictBool | None = None
-    return_tokens_as_token_ids: StrictBool | None = None
+    return_token_ids: StrictBool = False
+    return_tokens_as_token_ids: StrictBool = False
     request_id: Annotated[StrictStr, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
 
     # Words about the client, not about the output.
@@ -163,10 +173,15 @@ class GenerationFields(Body):
     vllm_xargs: NotServed = None
     lora_request: NotServed = None
 
+    @property
+    def output_limit(self) -> tuple[str, int | None]:
+        """(the field that bounds the output, its value)."""
+        return "max_tokens", self.max_tokens
+
 
 class CompletionRequest(GenerationFields):
     prompt: Annotated[list[StrictStr | list[StrictInt]], BeforeValidator(_prompts)]
-    echo: StrictBool | None = False
+    echo: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_special_tokens: StrictBool = True
     best_of: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -190,7 +205,7 @@ class Message(Body):
 class ChatCompletionRequest(GenerationFields):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: MaxTokens | None = None
-    logprobs: StrictBool | None = False
+    logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_special_tokens: StrictBool = False
     add_generation_prompt: StrictBool = True
@@ -215,3 +230,9 @@ class ChatCompletionRequest(GenerationFields):
     documents: NotServed = None
     chat_template: NotServed = None
     mm_processor_kwargs: NotServed = None
+
+    @property
+    def output_limit(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:  # OpenAI's newer name goes first
+            return "max_completion_tokens", self.max_completion_tokens
+        return super().output_limit

@@ -182,9 +182,9 @@ class ChatAnswer:
 class Spelling:
     """How a token is written in log-probabilities: as text, or as `token_id:<id>`, which is never ambiguous."""
 
-    def __init__(self, tokenizer: Tokenizer, as_ids: bool | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool) -> None:
         self._tokenizer = tokenizer
-        self._as_ids = bool(as_ids)
+        self._as_ids = as_ids
 
     def text(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._as_ids else self._tokenizer.token_text(token_id)

@@ -109,9 +109,13 @@ class BlockPool:
         free = [*self._blank, *self._cached]
         for block, count in enumerate(self._references):
             if count != expected[block]:
-                raise BlockAccountError(f"block {block} has {count} references, {expected[block]} requests hold it")
+                raise BlockAccountError(
+                    f"block {block} has {count} references, {expected[block]} requests hold it"
+                )
         if sorted(free) != [block for block, count in enumerate(self._references) if count == 0]:
-            raise BlockAccountError(f"{len(free)} of {self.num_blocks} blocks are listed as free, not the unheld ones")
+            raise BlockAccountError(
+                f"{len(free)} of {self.num_blocks} blocks are listed as free, not the unheld ones"
+            )
         if {key: block for block, key in enumerate(self._key_of) if key is not None} != self._block_of:
             raise BlockAccountError("the prefix cache names other blocks than those that hold its prefixes")
         if any(self._key_of[block] is not None for block in self._blank):

@@ -45,6 +45,14 @@ async def test_values_that_ask_for_nothing_are_welcome():
     assert (await post(ScriptedService(says("a")), prompt="hi", **nothing)).status_code == 200
 
 
+async def test_null_means_the_default():
+    service = ScriptedService(says("a"))
+    optional = [name for name, field in CompletionRequest.model_fields.items() if not field.is_required()]
+    assert (await post(service, prompt="hi", **dict.fromkeys(optional))).status_code == 200
+    assert service.requests[0].sampling == SamplingParams(16, seed=service.requests[0].sampling.seed)
+    assert (await post(service, prompt=None)).status_code == 400
+
+
 async def test_every_sampling_field_arrives():
     service = ScriptedService(says("a"))
     fields = {

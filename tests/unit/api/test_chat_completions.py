@@ -121,6 +121,8 @@ async def test_a_chat_may_use_the_rest_of_the_context(fields, expected):
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
         ),
         ("top_logprobs", {"top_logprobs": 3}),
+        ("max_completion_tokens", {"max_completion_tokens": 60}),
+        ("max_completion_tokens", {"max_completion_tokens": 0}),
         ("top_logprobs", {"top_logprobs": 21, "logprobs": True}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("tool_choice", {"tool_choice": "required"}),
