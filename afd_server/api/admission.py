@@ -162,7 +162,7 @@ class Admission:
         if not prompt.token_ids:
             raise RequestError(f"{prompt_field}: there is no token to continue", prompt_field)
         bound = self._settings.vocab_size
-        if prompt.text is None and not all(0 <= token_id < bound for token_id in prompt.token_ids):
+        if not all(0 <= token_id < bound for token_id in prompt.token_ids):
             raise RequestError(f"{prompt_field}: token ids are 0 to {bound - 1}", prompt_field)
         if len(prompt.token_ids) + (max_tokens != 0) > longest:
             raise PromptTooLongError(
