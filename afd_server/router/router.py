@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from afd_server.errors import UnavailableError, WorkerDiedError, WorkerError
+from afd_server.errors import UnavailableError, WorkerError
 from afd_server.router.affinity import PrefixMemory
 from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.stream import Stream
@@ -191,7 +191,7 @@ class Router:
         while (replica := self._best_replica(stream.request.prompt_token_ids)) is not None:
             try:
                 replica.client.submit(stream.resumed())
-            except WorkerDiedError as error:
+            except WorkerError as error:
                 self._lose(replica, error.problem)
                 continue
             replica.streams[stream.request_id] = stream
