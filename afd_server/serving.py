@@ -16,6 +16,8 @@ from pathlib import Path
 from socket import socket
 from typing import Protocol
 
+import uvloop
+
 from afd_server import __version__
 from afd_server.api.app import create_app
 from afd_server.api.server import bind_port, serve
@@ -94,7 +96,9 @@ def run_server(config: ServeConfig) -> int:
     app = create_app(settings, service, tokenizer, metrics)
     try:
         front_end = serve(app, config.host, config.port, config.shutdown_timeout, sockets=[listening])
-        asyncio.run(_run(front_end, _run_workers(config, spec, service, metrics, _url(listening))))
+        machine = _run_workers(config, spec, service, metrics, _url(listening))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_run(front_end, machine))
     finally:
         listening.close()
         workers.stop()

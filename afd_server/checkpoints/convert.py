@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,14 @@ DTYPES = ("float32", "bfloat16")
 _PLAIN_GPT2 = ("gpt-2", "default", "")
 
 
-def convert(source: Path, out: Path, dtype: str = "float32") -> None:
+def convert(
+    source: Path, out: Path, dtype: str = "float32", sampling: Mapping[str, float] | None = None
+) -> None:
     """Write the model of GGUF file `source` (or of a directory that holds a single one) as directory `out`.
 
     `out` holds config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json and, where
-    the file has one, chat_template.jinja. It appears when it is complete. dtype: of the weights on disk.
+    the file has one, chat_template.jinja. It appears when it is complete. dtype: of the weights on disk. sampling: what the
+    model's makers recommend, for generation_config.json; a GGUF file does not say it.
 
     Raises ConfigError for `out` or `dtype`, ModelError for `source`.
     """
@@ -51,7 +54,7 @@ def convert(source: Path, out: Path, dtype: str = "float32") -> None:
             stage("reading the metadata")
             metadata = _read_metadata(gguf_file)
             stage("reading the weights")
-            config = _write_model(gguf_file, metadata, staging, dtype)
+            config = _write_model(gguf_file, metadata, staging, dtype, sampling or {})
             stage("rebuilding the tokenizer")
             _write_tokenizer(gguf_file, metadata, staging, config)
 
@@ -110,7 +113,9 @@ def _reading(gguf_file: Path) -> Iterator[None]:
         raise ModelError(f"{gguf_file}: cannot be read as a model: {error}") from error
 
 
-def _write_model(gguf_file: Path, metadata: dict[str, Any], staging: Path, dtype: str) -> Any:
+def _write_model(
+    gguf_file: Path, metadata: dict[str, Any], staging: Path, dtype: str, sampling: Mapping[str, float]
+) -> Any:
     """Configuration and weights. Written directly: the loaded model takes itself for quantised and will not save."""
     import torch
     from safetensors.torch import save_file
@@ -135,6 +140,7 @@ def _write_model(gguf_file: Path, metadata: dict[str, Any], staging: Path, dtype
     config.save_pretrained(staging)
     generation = model.generation_config
     generation.eos_token_id = _end_of_sequence(metadata, config.eos_token_id)
+    generation.update(**sampling, do_sample=bool(sampling))
     generation.save_pretrained(staging)
     _drop_keys(
         staging / "generation_config.json", "_from_model_config"

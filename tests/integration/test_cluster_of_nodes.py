@@ -1,0 +1,105 @@
+"""A Ray cluster of three nodes, as deploy/ starts it: front-end, attention node, FFN node; activations go over TCP.
+
+The nodes are processes of this host, so what is tested is placement by resources and the choice of the transport, not a
+network between machines. The server's flags are the ones of the compose file.
+"""
+
+import contextlib
+import json
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from afd_server.config import ServeConfig
+from afd_server.llm import LLM
+from afd_server.types import SamplingParams
+from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.server_process import Server, afd
+
+pytestmark = pytest.mark.integration
+
+COMPOSE = Path(__file__).parents[2] / "deploy" / "docker-compose.yaml"
+NODE_TIMEOUT_S = 60.0
+PROMPT = list(range(3, 30))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The address of a head without CPUs and two nodes with a resource each, joined by a token, as in the compose file."""
+    with pytest.MonkeyPatch.context() as environment, contextlib.ExitStack() as nodes:
+        token = tmp_path_factory.mktemp("secrets") / "ray-auth-token"
+        token.write_text(secrets.token_hex(32))
+        environment.setenv("RAY_AUTH_MODE", "token")
+        environment.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        nodes.enter_context(ray_node("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"))
+        for resource in ("attention", "ffn"):
+            resources = json.dumps({resource: 1})
+            nodes.enter_context(
+                ray_node(f"--address=127.0.0.1:{port}", "--num-cpus=1", f"--resources={resources}")
+            )
+        yield f"127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def ray_node(*flags):
+    """`ray start --block` until the end of the block."""
+    command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats", *flags]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + NODE_TIMEOUT_S
+        while "Ray runtime started" not in _text(log):
+            assert process.poll() is None and time.monotonic() < deadline, _text(log)
+            time.sleep(0.1)
+        yield
+        process.terminate()
+        process.wait(NODE_TIMEOUT_S)
+
+
+def _text(log):
+    log.seek(0)
+    return log.read()
+
+
+def serve_flags(address):
+    """The flags of `afd serve` in the compose file's cluster, with this cluster's address and no host and port."""
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    words = shlex.split(services["cluster-head"]["command"][0])
+    flags = words[words.index("serve") + 2 :]
+    for name in ("--host", "--port"):
+        del flags[flags.index(name) : flags.index(name) + 2]
+    flags[flags.index("--ray-address") + 1] = address
+    return flags
+
+
+def test_each_role_on_its_own_node(cluster, tmp_path):
+    directory = write_checkpoint("mixtral", tmp_path / "mixtral")
+    write_tokenizer(directory)
+    flags = serve_flags(cluster)
+    with Server(directory, *flags, "--max-model-len", 64, "--device", "cpu") as server:
+        assert "transport  tcp" in server.log()
+        choice = server.complete(PROMPT, max_tokens=8, temperature=0, ignore_eos=True, return_token_ids=True)
+        assert server.stop() == 0
+    config = ServeConfig(model=str(directory), executor="local", device="cpu", max_model_len=64)
+    with LLM(config) as llm:
+        expected = llm.generate_token_ids([PROMPT], SamplingParams(8, temperature=0.0, ignore_eos=True))
+    assert choice["token_ids"] == expected[0]
+
+
+def test_a_cluster_without_the_resource_is_said_in_one_line(cluster, tmp_path):
+    directory = write_checkpoint("llama", tmp_path / "llama")
+    write_tokenizer(directory)
+    result = afd("serve", directory, "--port", 0, "--ray-address", cluster,
+                 "--attention-resource", "big-memory", "--start-timeout", 5)  # fmt: skip
+    assert result.returncode == 2
+    assert "big-memory" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
