@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import Self
@@ -43,8 +44,8 @@ class LocalWorkers:
         self.attention: list[AttentionReplica] = []
         self.clients: list[LocalReplicaClient] = []
 
-    def start(self) -> Started:
-        """Loads and connects every worker. Raises StartError."""
+    def start(self, cancelled: threading.Event | None = None) -> Started:
+        """Loads and connects every worker. Raises StartError. A start this short is not worth cancelling."""
         config = self._config
 
         # 1. FFN workers first: each loads its shard of the MLP and expert weights and listens for calls.

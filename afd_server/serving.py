@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
@@ -48,7 +49,7 @@ MADE_HERE: dict[str, Callable[[Path], Path]] = {"default": default_model, "defau
 class Workers(Protocol):
     """The workers of a server, wherever they run: llm.LocalWorkers or cluster.ray_cluster.RayCluster."""
 
-    def start(self) -> Started: ...
+    def start(self, cancelled: threading.Event) -> Started: ...
     async def connect(self) -> Sequence[ReplicaClient]: ...
     async def supervise(self, router: Router) -> None: ...
     def health(self) -> list[str]: ...
@@ -155,7 +156,11 @@ async def _run_workers(
         config.ffn_workers,
         config.executor,
     )
-    started = await asyncio.to_thread(service.workers.start)
+    cancelled = threading.Event()
+    try:
+        started = await asyncio.to_thread(service.workers.start, cancelled)
+    finally:
+        cancelled.set()  # the thread outlives this task by a moment only
     async with Router(await service.workers.connect(), metrics.observe_step) as router:
         service.open(router)
         print(_ready_lines(config, spec, started, url, time.monotonic() - began), flush=True)

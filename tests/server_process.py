@@ -43,15 +43,19 @@ class Server:
         self.url = ""
 
     def __enter__(self):
+        self.url = self.wait_for_log(r"is ready after.*?(http://\S+)")[1]
+        return self
+
+    def wait_for_log(self, pattern):
+        """The match of a pattern in the log, once it is there."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self.process.poll() is None:
-            found = re.search(r"is ready after.*?(http://\S+)", self.log(), re.S)
+            found = re.search(pattern, self.log(), re.S)
             if found:
-                self.url = found[1]
-                return self
+                return found
             time.sleep(0.05)
         self._end()
-        raise AssertionError(f"the server did not become ready:\n{self.log()}")
+        raise AssertionError(f"the log does not say {pattern!r}:\n{self.log()}")
 
     def log(self):
         return Path(self._log.name).read_text(encoding="utf-8", errors="replace")

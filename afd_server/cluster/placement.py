@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,10 @@ from afd_server.errors import ConfigError, StartError
 
 # A thread that waits for work must sleep: spinning on a core that the other side needs costs a hundredfold.
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+OWN_PLACEMENT_TIMEOUT_S = 30.0
+# Between two looks whether a start is to be given up.
+START_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +62,36 @@ def start_ray(config: ServeConfig) -> None:
         raise StartError(f"{where}: cannot start: {str(error).splitlines()[0]}") from None
 
 
-def place(config: ServeConfig, ffn: type, attention: type, secret: bytes, timeout_s: float) -> Actors:
+class Deadline:
+    """The end of a start, by time or because nobody waits for it any more."""
+
+    def __init__(self, timeout_s: float, cancelled: threading.Event) -> None:
+        self.timeout_s = timeout_s
+        self._started_at = time.monotonic()
+        self._cancelled = cancelled
+
+    def check(self, problem: str, within_s: float | None = None) -> None:
+        """Raises StartError(problem) once the time (within_s: a shorter one) is over."""
+        if self._cancelled.is_set():
+            raise StartError("the start was cancelled")
+        if time.monotonic() - self._started_at >= (self.timeout_s if within_s is None else within_s):
+            raise StartError(problem)
+
+
+def place(config: ServeConfig, ffn: type, attention: type, secret: bytes, deadline: Deadline) -> Actors:
     """Reserves every bundle, then creates the actors in them. Raises StartError that says what is missing."""
     gpus = _gpus_per_worker(config)
     ffn_bundle = _bundle(gpus, config.ffn_resource)
     attention_bundle = _bundle(gpus, config.attention_resource)
     bundles = [ffn_bundle] * config.ffn_workers + [attention_bundle] * config.attention_workers
     group = placement_group(bundles, strategy="PACK")
-    if not group.wait(timeout_s if config.ray_address else min(timeout_s, 30.0)):
-        raise StartError(
+    # Nodes may still be joining a cluster that others started; this host alone has all that it will have.
+    within_s = deadline.timeout_s if config.ray_address else min(deadline.timeout_s, OWN_PLACEMENT_TIMEOUT_S)
+    while not group.wait(START_POLL_S):
+        deadline.check(
             f"the workers cannot be placed: they need {_total(bundles)}, the cluster has {_cluster_resources()} "
-            "(add nodes, or lower --attention-workers or --ffn-workers)"
+            "(add nodes, or lower --attention-workers or --ffn-workers)",
+            within_s,
         )
     return Actors(
         [_create(ffn, config, index, secret, group, index, ffn_bundle) for index in range(config.ffn_workers)],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from afd_server.cluster.actors import AttentionActor, FFNActor
-from afd_server.cluster.placement import place, start_ray, stop_ray
+from afd_server.cluster.placement import START_POLL_S, Deadline, place, start_ray, stop_ray
 from afd_server.cluster.workers import Started, attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.errors import StartError, WorkerError
@@ -64,10 +65,13 @@ class RayCluster:
         self._attention: list[Member] = []
         self._stopping = False
 
-    def start(self) -> Started:
-        """Places and loads every worker, FFN first. Raises StartError with the first cause, within start_timeout."""
-        deadline = time.monotonic() + self._config.start_timeout
-        actors = place(self._config, FFNActor, AttentionActor, self._secret, self._config.start_timeout)
+    def start(self, cancelled: threading.Event) -> Started:
+        """Places and loads every worker, FFN first. Raises StartError with the first cause, within start_timeout.
+
+        May run on a thread of its own; it gives up soon after `cancelled` is set.
+        """
+        deadline = Deadline(self._config.start_timeout, cancelled)
+        actors = place(self._config, FFNActor, AttentionActor, self._secret, deadline)
         self._ffn = [Member(ffn_name(index), actor) for index, actor in enumerate(actors.ffn)]
         self._attention = [Member(attention_name(index), actor) for index, actor in enumerate(actors.attention)]
         ffn = self._load(self._ffn, deadline)
@@ -85,18 +89,16 @@ class RayCluster:
     def _ffn_endpoints(self) -> list[Endpoint]:
         return [member.endpoint for member in self._ffn if member.endpoint is not None]
 
-    def _load(self, members: Sequence[Member], deadline: float, *arguments: Any) -> list[Any]:
+    def _load(self, members: Sequence[Member], deadline: Deadline, *arguments: Any) -> list[Any]:
         """Every member's answer to `load`; the first failure ends the wait."""
         waiting = {member.actor.load.remote(*arguments): member for member in members}
         results: dict[str, Any] = {}
         while len(results) < len(members):
-            left_s = deadline - time.monotonic()
-            ready, _ = ray.wait(list(waiting), timeout=max(0.0, left_s))
+            ready, _ = ray.wait(list(waiting), timeout=START_POLL_S)
             if not ready:
                 names = ", ".join(member.name for member in waiting.values())
-                raise StartError(
-                    f"{names}: not loaded within {self._config.start_timeout:g} s (raise --start-timeout)"
-                )
+                deadline.check(f"{names}: not loaded within {deadline.timeout_s:g} s (raise --start-timeout)")
+                continue
             member = waiting.pop(ready[0])
             try:
                 results[member.name] = ray.get(ready[0])
