@@ -29,6 +29,9 @@ SPARSE_DISPATCH_FROM = 4
 # microseconds.
 REDIAL_EVERY_S = 0.05
 
+# How long a worker that let a call time out is used only when no other replica of its shard is left.
+SUSPECT_FOR_S = 60.0
+
 Connector = Callable[[float], Link]  # timeout in seconds -> a fresh link; raises WorkerError
 
 
@@ -77,6 +80,7 @@ class _Peer:
     connector: Connector
     link: Link | None = None
     calls: set[CallTag] = field(default_factory=set)  # sent over this link and not answered yet
+    suspected_until: float = 0.0  # monotonic seconds; it has let a call time out
 
 
 class FFNGroup:
@@ -187,7 +191,7 @@ class FFNGroup:
         """Sends to the first replica of the shard that can be reached, dialling all of them until the deadline."""
         while True:
             failure: WorkerError | None = None
-            for index in self._choices[shard]:
+            for index in self._in_order_of_trust(shard):
                 try:
                     self._link(index, deadline).send(flight.tag, flight.parts[shard].call)
                 except (WorkerDiedError, WorkerTimeoutError) as error:
@@ -212,11 +216,17 @@ class FFNGroup:
                 continue
             peer = self._peers[index]
             assert peer.link is not None
+            # A worker may hang with its connection open. While there are other replicas, each gets its share of the time.
+            others = sum(not self._is_suspected(other) for other in self._choices[shard] if other != index)
+            left_s = max(0.0, deadline - time.monotonic())
             try:
-                answer = peer.link.receive(flight.tag, max(0.0, deadline - time.monotonic()))
+                answer = peer.link.receive(flight.tag, left_s / (1 + others))
             except WorkerTimeoutError:
                 self._drop(index)
-                raise
+                peer.suspected_until = time.monotonic() + SUSPECT_FOR_S
+                if not others:
+                    raise
+                continue
             except WorkerDiedError:
                 self._drop(index)
                 continue
@@ -228,6 +238,13 @@ class FFNGroup:
             if flight.tag in self._peers[index].calls and self._peers[index].link is not None:
                 return index
         return None
+
+    def _is_suspected(self, index: int) -> bool:
+        return self._peers[index].suspected_until > time.monotonic()
+
+    def _in_order_of_trust(self, shard: int) -> list[int]:
+        """The shard's replicas, the preferred one first and those that let a call time out lately last."""
+        return sorted(self._choices[shard], key=self._is_suspected)
 
     # --- links -----------------------------------------------------------------------------------------------------
 
@@ -241,6 +258,7 @@ class FFNGroup:
         """FFN worker `index` is reached by another way from now on: it was restarted. Callable from any thread."""
         with self._lock:
             self._peers[index].connector = connector
+            self._peers[index].suspected_until = 0.0
 
     def unreachable(self) -> list[int]:
         """Indices of the FFN workers that there is no link to."""

@@ -207,6 +207,24 @@ def test_a_worker_that_hangs_ends_in_an_error_and_the_next_step_starts_afresh(st
     group.close()
 
 
+def test_a_hanging_workers_calls_go_to_another_replica_and_it_is_asked_last_from_then_on(start_workers):
+    workers = start_workers(replicas=2)
+    group = workers.group(timeout_s=2.0)
+    release = threading.Event()
+    half, healthy = workers.halves[0], workers.halves[0].forward
+    half.forward = lambda call, out=None: release.wait(20) and healthy(call, out)
+    try:
+        for seed in range(3):
+            call = moe_call(seed=seed)
+            group.send(0, call)
+            torch.testing.assert_close(group.receive(0), expected(call))
+        assert workers.halves[1].rows_seen == [ROWS] * 3
+        assert half.rows_seen == []
+    finally:
+        release.set()
+        group.close()
+
+
 def test_an_exception_in_the_expert_code_is_told_and_the_worker_lives(start_workers):
     workers = start_workers()
     group = workers.group()
