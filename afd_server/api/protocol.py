@@ -26,6 +26,7 @@ MAX_CHOICES = 128  # of one prompt
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters: each new token is compared with as many
+MAX_TOP_K = 2**31 - 1
 INT64 = 2**63
 
 
@@ -125,12 +126,12 @@ class GenerationFields(Body):
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
     temperature: Annotated[float, _finite(ge=0)] | None = None
     top_p: Annotated[float, _finite(gt=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_TOP_K)] | None = None
     min_p: Annotated[float, _finite(ge=0, le=1)] | None = None
     seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
     presence_penalty: Annotated[float, _finite(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, _finite(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, _finite(gt=0)] | None = None
+    repetition_penalty: Annotated[float, _finite(ge=1e-3, le=1e3)] | None = None
     logit_bias: dict[StrictStr, Annotated[float, _finite(ge=-100, le=100)]] | None = None
 
     stop: Annotated[list[StopString], BeforeValidator(_strings), Field(max_length=MAX_STOP_STRINGS)] = []

@@ -47,7 +47,9 @@ class ConfigFile:
         if not path.is_file():
             raise ModelError(f"{directory}: there is no config.json; is this a Hugging Face model directory?")
         generation = directory / "generation_config.json"
-        return cls(_read_object(path), str(path), _read_object(generation) if generation.is_file() else None)
+        return cls(
+            read_json_object(path), str(path), read_json_object(generation) if generation.is_file() else None
+        )
 
     @property
     def architecture(self) -> str:
@@ -165,7 +167,8 @@ class ConfigFile:
         return ModelError(f"{self.where}: {key} {problem}")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint. Raises ModelError, naming the file, when it cannot be read or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -5,12 +5,12 @@ Used for what a request leaves open, before OpenAI's defaults. Which ids end a r
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from afd_server.errors import ModelError
+from afd_server.models.config_file import read_json_object
 
 # Key of the file -> (name in a request, least value, greatest value). The names and the choice are vLLM's.
 KEYS: dict[str, tuple[str, float, float]] = {
@@ -32,12 +32,7 @@ def read_generation_defaults(directory: Path | str) -> dict[str, float]:
     path = Path(directory) / "generation_config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: does not hold a JSON object")
+    config = read_json_object(path)
     defaults = {}
     for key, (name, least, greatest) in KEYS.items():
         value: Any = config.get(key)

@@ -18,6 +18,7 @@ from typing import Any
 import tokenizers
 
 from afd_server.errors import ModelError
+from afd_server.models.config_file import read_json_object
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -113,13 +114,7 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: does not hold a JSON object")
-    return config
+    return read_json_object(path)
 
 
 def _content(token: Any) -> str | None:
