@@ -23,7 +23,7 @@ from afd_server.models.ffn_dense import DenseFFN
 from afd_server.models.ffn_moe import MoEFFN
 from afd_server.models.halves import Attention, AttentionHalf, AttentionLayer, FFNHalf, FFNShard
 from afd_server.models.rope import Rope
-from afd_server.models.router import Router
+from afd_server.models.router import ExpertRouter
 from afd_server.models.spec import DenseSpec, GQASpec, MLASpec, ModelSpec, MoESpec
 from afd_server.models.tensors import TensorSlot, model_tensors
 from afd_server.models.weight_files import WeightFiles
@@ -93,11 +93,11 @@ def _rope(spec: ModelSpec, device: torch.device) -> Rope:
     return Rope(attention.rope, dim, device)
 
 
-def _router(reader: _Reader, layer: int, ffn: MoESpec) -> Router:
+def _router(reader: _Reader, layer: int, ffn: MoESpec) -> ExpertRouter:
     # A correction bias is compared with float32 scores, and is never rounded.
     correction = reader.read("router_correction", layer, dtype=torch.float32) if ffn.correction_bias else None
     weight = reader.read("router", layer, dtype=torch.float32 if ffn.float32_router else None)
-    return Router(ffn, weight, correction)
+    return ExpertRouter(ffn, weight, correction)
 
 
 def _dense(reader: _Reader, layer: int, ffn: DenseSpec, shard: FFNShard) -> DenseFFN:
@@ -106,7 +106,7 @@ def _dense(reader: _Reader, layer: int, ffn: DenseSpec, shard: FFNShard) -> Dens
     return DenseFFN(reader.read_mlp("mlp", layer, start, stop, bias=ffn.bias, down_bias=first))
 
 
-def _experts(reader: _Reader, layer: int, ffn: MoESpec, shard: FFNShard, router: Router | None) -> MoEFFN:
+def _experts(reader: _Reader, layer: int, ffn: MoESpec, shard: FFNShard, router: ExpertRouter | None) -> MoEFFN:
     first, last = shard.experts(ffn.num_experts)
     start, stop = shard.expert_slice(ffn.intermediate_size)
     gate_up, down = reader.read_experts(layer, range(first, last), start, stop)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd_server.models.ffn_dense import DenseFFN
-from afd_server.models.router import Router
+from afd_server.models.router import ExpertRouter
 
 
 class MoEFFN:
@@ -28,7 +28,7 @@ class MoEFFN:
         *,
         first_expert: int,
         shared: DenseFFN | None,
-        router: Router | None,
+        router: ExpertRouter | None,
     ) -> None:
         self._gate_up = gate_up
         self._down = down

@@ -24,7 +24,7 @@ from afd_server.models.ffn_dense import DenseFFN
 from afd_server.models.ffn_moe import MoEFFN
 from afd_server.models.norm import rms_norm
 from afd_server.models.rope import Rope, RopeTable
-from afd_server.models.router import Router
+from afd_server.models.router import ExpertRouter
 from afd_server.models.spec import ModelSpec
 from afd_server.types import ScheduledRequest
 
@@ -46,7 +46,7 @@ class AttentionLayer:
     attention_norm: Tensor
     attention: Attention
     ffn_norm: Tensor
-    router: Router | None = None
+    router: ExpertRouter | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from afd_server.models.spec import MoESpec
 
 
-class Router:
+class ExpertRouter:
     """weight: [E, H]. correction: [E] float32, where the spec has a correction bias."""
 
     def __init__(self, spec: MoESpec, weight: Tensor, correction: Tensor | None) -> None:
