@@ -18,17 +18,25 @@ def read_rope(config: ConfigFile, *, theta: float = 10000.0, interleaved: bool =
     """The rope of a decoder. theta: what the architecture takes where the file has none. Raises ModelError."""
     config.only("partial_rotary_factor", 1.0, default=1.0)
     theta = config.number("rope_theta", theta)
-    scaling = None
-    for key in ("rope_scaling", "rope_parameters"):  # the newer spelling wins where both are there
-        if config.has(key):
-            scaling = config.part(key)
+    scaling, kind = _scaling(config)
     if scaling is None:
-        return RopeSpec("default", theta, interleaved)
+        return RopeSpec(kind, theta, interleaved)
     theta = scaling.number("rope_theta", theta)
     scaling.only("partial_rotary_factor", 1.0, default=1.0)
-    older_spelling = scaling.value("type", "default")
-    kind = scaling.only("rope_type", *KINDS, default=older_spelling)
     return _read_kind(config, scaling, kind, theta, interleaved)
+
+
+def _scaling(config: ConfigFile) -> tuple[ConfigFile | None, str]:
+    """The section that describes the stretching, if there is one, and its kind. Raises ModelError for an unknown kind.
+
+    An older section beside a newer one is left unread, and so refused by name with every other key that was not read.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        if config.has(key):
+            scaling = config.part(key)
+            older_spelling = scaling.value("type", "default")
+            return scaling, scaling.only("rope_type", *KINDS, default=older_spelling)
+    return None, "default"
 
 
 def _read_kind(config: ConfigFile, scaling: ConfigFile, kind: str, theta: float, interleaved: bool) -> RopeSpec:
@@ -71,13 +79,10 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 def latent_softmax_scale(config: ConfigFile, head_dim: int) -> float:
     """DeepSeek's scale of the scores: 1 / sqrt(head_dim), times mscale_all_dim's strengthening squared under YaRN."""
     scale = head_dim**-0.5
-    for key in ("rope_parameters", "rope_scaling"):
-        if not config.has(key):
-            continue
-        scaling = config.part(key)
-        kind = scaling.value("rope_type", scaling.value("type", "default"))
-        mscale_all = scaling.number("mscale_all_dim", 0.0, zero=True)
-        if kind == "default" or not mscale_all:
-            return scale
-        return scale * yarn_mscale(scaling.number("factor"), mscale_all) ** 2
-    return scale
+    scaling, kind = _scaling(config)
+    if scaling is None:
+        return scale
+    mscale_all = scaling.number("mscale_all_dim", 0.0, zero=True)
+    if kind == "default" or not mscale_all:
+        return scale
+    return scale * yarn_mscale(scaling.number("factor"), mscale_all) ** 2

@@ -61,6 +61,7 @@ DEEPSEEK = {
     "topk_method": "noaux_tc",
     "num_nextn_predict_layers": 1,
 }
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}
 QWEN2 = {
     **LLAMA,
@@ -163,6 +164,7 @@ def test_windows_that_no_position_reaches_are_no_windows(tmp_path):
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "skew": 3}}, "rope_scaling: skew is 3"),
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention is {'rope_theta'"),
         (LLAMA, {"rope_scaling": LLAMA3}, "high_freq_factor is 1.0, not above low_freq_factor's 4.0"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": LINEAR}, "rope_scaling is {"),
         (LLAMA, {"rope_scaling": "linear"}, "rope_scaling is 'linear', not an object"),
         (QWEN2, {"use_sliding_window": True}, "sliding_window is 128; sliding-window attention"),
         (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
