@@ -42,14 +42,16 @@ class MoEFFN:
             held += part.tensors() if part is not None else []
         return held
 
-    def forward(self, x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None) -> Tensor:
-        """[T, H] float32. topk_ids, topk_weights: [T, K]; without them the shard's own router is asked.
+    def route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids and weights, [T, K] each, by the shard's own router."""
+        assert self._router is not None, "calls must name their experts: the router is not on this side"
+        return self._router.forward(x_TH)
+
+    def forward(self, x_TH: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """[T, H] float32. topk_ids, topk_weights: [T, K].
 
         The ids of other shards' experts are passed over, so rows may come that this shard does nothing for.
         """
-        if topk_ids is None or topk_weights is None:
-            assert self._router is not None, "calls must name their experts: the router is not on this side"
-            topk_ids, topk_weights = self._router.forward(x_TH)
         local_TK = topk_ids.to(device=x_TH.device, dtype=torch.int64) - self._first_expert
         weights_TK = topk_weights.to(device=x_TH.device, dtype=torch.float32)
         y_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)

@@ -150,12 +150,30 @@ class FFNHalf:
         """Bytes of all tensors held."""
         return _bytes_of(tensor for layer in self._layers for tensor in layer.tensors())
 
+    def routed(self, call: FFNCall) -> FFNCall:
+        """The call with its experts named: by this half's router where nobody did so yet, and then with x converted to
+        the model's dtype and device. A dense layer's call, and one that names its experts, come back as they are.
+
+        Whoever merges calls does this to each of them first. All expert shards must choose the same experts for a row:
+        if two settle a near tie differently, an expert answers twice or not at all. The same router on the same rows
+        chooses the same, but a matrix product rounds differently for another number of rows, and each shard merges the
+        calls that happen to wait there together. A call by itself has the same rows on every shard.
+        """
+        layer = self._layers[call.layer]
+        if isinstance(layer, DenseFFN) or (call.topk_ids is not None and call.topk_weights is not None):
+            return call
+        x_TH = call.x.to(device=self._device, dtype=self._dtype)
+        topk_ids, topk_weights = layer.route(x_TH)
+        return FFNCall(call.layer, x_TH, topk_ids, topk_weights)
+
     def forward(self, call: FFNCall, out: Tensor | None = None) -> Tensor:
         """This shard's part of the answer, [T, H]; the parts of all shards add up to it.
 
         call.x and out may be of another float dtype than the model and on another device: they are converted. Without
         out the result is of the model's dtype and on its device; with out it is written there, and out is returned.
+        A call that is to be routed here is routed first (see routed).
         """
+        call = self.routed(call)
         x_TH = call.x.to(device=self._device, dtype=self._dtype)
         layer = self._layers[call.layer]
         if isinstance(layer, DenseFFN):
@@ -163,6 +181,7 @@ class FFNHalf:
                 return layer.forward(x_TH, out)
             y_TH = layer.forward(x_TH)
         else:
+            assert call.topk_ids is not None and call.topk_weights is not None  # routed() saw to it
             y_TH = layer.forward(x_TH, call.topk_ids, call.topk_weights)
         return y_TH.to(self._dtype) if out is None else out.copy_(y_TH)
 

@@ -1,7 +1,7 @@
 """The router of a MoE layer: which experts each token gets, and with what weight.
 
-Either side may run it: the attention half, so that a call names its experts, or every FFN shard for itself. What does
-not live here: the experts (ffn_moe.py). Shapes: T rows, H hidden, E experts, K experts per token.
+Either side may run it: the attention half, so that a call names its experts, or every FFN shard for itself (see
+FFNHalf.routed). What does not live here: the experts (ffn_moe.py). Shapes: T rows, H hidden, E experts, K experts per token.
 """
 
 from __future__ import annotations

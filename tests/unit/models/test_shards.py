@@ -166,3 +166,46 @@ def test_a_call_names_its_experts_where_the_attention_side_routes(directories):
         assert named.topk_ids.shape == (len(TEXTS[1]), spec.ffn[layer].top_k)
         assert named.topk_ids.dtype == torch.int32
         assert named.topk_weights.dtype == torch.float32
+
+
+@torch.inference_mode()
+def test_calls_that_are_routed_before_they_are_merged_keep_their_experts(directories):
+    directory = directories("deepseek_v3")
+    spec = read_model_spec(directory)
+    layer = moe_layer(spec)
+    halves = [load_half(directory, FFNShard(e, 3, 0, 1), gate_on="ffn") for e in range(3)]
+    bare = [FFNCall(layer, torch.randn(rows, spec.hidden_size)) for rows in (1, 5)]
+    total = 0
+    for half in halves:
+        routed = [half.routed(call) for call in bare]
+        merged = FFNCall(
+            layer,
+            torch.cat([call.x for call in routed]),
+            torch.cat([call.topk_ids for call in routed]),
+            torch.cat([call.topk_weights for call in routed]),
+        )
+        assert half.routed(merged) is merged
+        total = total + half.forward(merged)
+    expected = torch.cat([sum(half.forward(call) for half in halves) for call in bare])
+    torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_all_shards_route_a_call_alike_and_as_the_attention_side_does(directories):
+    directory = directories("deepseek_v3")
+    spec = read_model_spec(directory)
+    layer = moe_layer(spec)
+    attention = load_attention_half(directory, spec, device=CPU, dtype=torch.float32, gate_on="attention")
+    call = FFNCall(layer, torch.randn(9, spec.hidden_size))
+    ids, weights = attention._layers[layer].router.forward(call.x)
+    for rank in range(4):
+        routed = load_half(directory, FFNShard(rank, 4, 0, 1), gate_on="ffn").routed(call)
+        assert torch.equal(routed.topk_ids, ids)
+        assert torch.equal(routed.topk_weights, weights)
+    assert call.topk_ids is None  # the caller may send it again
+
+
+def test_a_dense_layers_call_is_not_routed(directories):
+    half = load_half(directories("llama"), FFNShard(), gate_on="ffn")
+    call = FFNCall(0, torch.randn(2, 64))
+    assert half.routed(call) is call
