@@ -99,6 +99,12 @@ class ServeConfig:
             )
         if self.transport == "inproc" and self.executor != "local":
             raise ConfigError("--transport", "inproc joins threads of one process", "add --executor local")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                "--max-num-batched-tokens",
+                f"{self.max_num_batched_tokens} tokens a step for {self.max_num_seqs} running requests, which need one each",
+                "raise it, or lower --max-num-seqs",
+            )
         if not self.enable_chunked_prefill and self.max_num_batched_tokens < (self.max_model_len or 0):
             raise ConfigError("--max-num-batched-tokens", "is below --max-model-len without chunked prefill",
                               "raise it, or leave --enable-chunked-prefill on")  # fmt: skip

@@ -24,6 +24,7 @@ from afd_server.checkpoints.locate import locate_model
 from afd_server.cluster.layout import link_shape, resolve
 from afd_server.cluster.workers import AttentionReplica, FFNServer, Started, attention_name, ffn_name
 from afd_server.config import ServeConfig
+from afd_server.errors import StartError
 from afd_server.models.families import read_model_spec
 from afd_server.router.replica_client import LocalReplicaClient, ReplicaClient
 from afd_server.router.router import Router
@@ -45,19 +46,31 @@ class LocalWorkers:
         self.clients: list[LocalReplicaClient] = []
 
     def start(self, cancelled: threading.Event | None = None) -> Started:
-        """Loads and connects every worker. Raises StartError. A start this short is not worth cancelling."""
+        """Loads and connects every worker. Raises StartError. Stops between two workers once `cancelled` is set."""
+        try:
+            return self._start(cancelled or threading.Event())
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, cancelled: threading.Event) -> Started:
         config = self._config
 
         # 1. FFN workers first: each loads its shard of the MLP and expert weights and listens for calls.
         secret = secrets.token_bytes(32)
-        listeners = [self._listen(index, secret) for index in range(config.ffn_workers)]
-        self.ffn = [FFNServer(config, index, listener) for index, listener in enumerate(listeners)]
+        listeners = []
+        for index in range(config.ffn_workers):
+            _check(cancelled)
+            listeners.append(self._listen(index, secret))
+            self.ffn.append(FFNServer(config, index, listeners[-1]))
 
         # 2. Attention replicas: each loads the attention weights, allocates its KV cache and connects to all of them.
         for index in range(config.attention_workers):
+            _check(cancelled)
             connectors = [self._connector(listener, index, secret) for listener in listeners]
             client = LocalReplicaClient(attention_name(index))
-            replica = AttentionReplica(config, index, connectors, client.deliver)
+            everyone = config.attention_workers + config.ffn_workers
+            replica = AttentionReplica(config, index, connectors, client.deliver, workers_per_gpu=everyone)
             client.attach(replica.loop)
             self.clients.append(client)
             self.attention.append(replica)
@@ -84,11 +97,13 @@ class LocalWorkers:
         return self.clients
 
     async def supervise(self, router: Router) -> None:
-        """Nothing to watch: threads do not die alone. Returns when cancelled."""
+        """Nothing is restarted here: a thread that ended by itself did so by a bug. Returns when cancelled."""
         await asyncio.Event().wait()
 
     def health(self) -> list[str]:
-        return []
+        """One sentence for each worker whose thread has ended."""
+        workers: list[AttentionReplica | FFNServer] = [*self.attention, *self.ffn]
+        return [f"{worker.name}: its thread has ended" for worker in workers if not worker.is_alive()]
 
     def stop(self) -> None:
         """Ends every thread: attention first, so that no call is left without an answer."""
@@ -96,6 +111,11 @@ class LocalWorkers:
             replica.stop()
         for server in self.ffn:
             server.stop()
+
+
+def _check(cancelled: threading.Event) -> None:
+    if cancelled.is_set():
+        raise StartError("the start was cancelled")
 
 
 class LLM:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from afd_server.errors import WorkerDiedError, WorkerError, WorkerTimeoutError
 from afd_server.models.ffn_call import FFNCall
+from afd_server.models.halves import bounds
 from afd_server.transport.base import Answer, CallTag, Link
 
 # From this many expert shards on a shard is sent only the rows that it owns an expert of. Below it the whole call is
@@ -29,6 +30,8 @@ SPARSE_DISPATCH_FROM = 4
 # microseconds.
 REDIAL_EVERY_S = 0.05
 
+# How long a worker is dialled while another replica of its shard may answer the call.
+DIAL_TIMEOUT_S = 2.0
 # How long a worker that let a call time out is used only when no other replica of its shard is left.
 SUSPECT_FOR_S = 60.0
 
@@ -151,7 +154,7 @@ class FFNGroup:
         parts = {}
         num_experts = self._layout.num_experts
         for rank in range(ep):
-            first, last = num_experts * rank // ep, num_experts * (rank + 1) // ep
+            first, last = bounds(num_experts, rank, ep)
             rows_T = ((call.topk_ids >= first) & (call.topk_ids < last)).any(dim=1).nonzero()[:, 0]
             if len(rows_T) == 0:
                 continue
@@ -192,10 +195,16 @@ class FFNGroup:
         while True:
             failure: WorkerError | None = None
             for index in self._in_order_of_trust(shard):
+                left_s = deadline - time.monotonic()
+                alone = len(self._choices[shard]) == 1
                 try:
-                    self._link(index, deadline).send(flight.tag, flight.parts[shard].call)
+                    # A frozen process still takes connections: where there is another replica, little time is spent on it.
+                    link = self._link(index, left_s if alone else min(left_s, DIAL_TIMEOUT_S))
+                    link.send(flight.tag, flight.parts[shard].call)
                 except (WorkerDiedError, WorkerTimeoutError) as error:
                     self._drop(index)
+                    if isinstance(error, WorkerTimeoutError):
+                        self._suspect(index)
                     failure = failure or error
                     continue
                 self._peers[index].calls.add(flight.tag)
@@ -223,7 +232,7 @@ class FFNGroup:
                 answer = peer.link.receive(flight.tag, left_s / (1 + others))
             except WorkerTimeoutError:
                 self._drop(index)
-                peer.suspected_until = time.monotonic() + SUSPECT_FOR_S
+                self._suspect(index)
                 if not others:
                     raise
                 continue
@@ -239,6 +248,9 @@ class FFNGroup:
                 return index
         return None
 
+    def _suspect(self, index: int) -> None:
+        self._peers[index].suspected_until = time.monotonic() + SUSPECT_FOR_S
+
     def _is_suspected(self, index: int) -> bool:
         return self._peers[index].suspected_until > time.monotonic()
 
@@ -249,10 +261,20 @@ class FFNGroup:
     # --- links -----------------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Opens every link, so that a wrong address or secret shows at start. Raises WorkerError."""
+        """Opens every link, so that a wrong address or secret shows at start.
+
+        Raises WorkerError when no replica of a shard can be reached; one that is down while another is up may come later.
+        """
         deadline = time.monotonic() + self._timeout_s
-        for index in range(len(self._peers)):
-            self._link(index, deadline)
+        for choices in self._choices:
+            failures = []
+            for index in choices:
+                try:
+                    self._link(index, deadline - time.monotonic())
+                except (WorkerDiedError, WorkerTimeoutError) as error:
+                    failures.append(error)
+            if len(failures) == len(choices):
+                raise failures[0]
 
     def replace(self, index: int, connector: Connector) -> None:
         """FFN worker `index` is reached by another way from now on: it was restarted. Callable from any thread."""
@@ -260,20 +282,16 @@ class FFNGroup:
             self._peers[index].connector = connector
             self._peers[index].suspected_until = 0.0
 
-    def unreachable(self) -> list[int]:
-        """Indices of the FFN workers that there is no link to."""
-        return [index for index, peer in enumerate(self._peers) if peer.link is None]
-
     def close(self) -> None:
         for index in range(len(self._peers)):
             self._drop(index)
 
-    def _link(self, index: int, deadline: float) -> Link:
+    def _link(self, index: int, timeout_s: float) -> Link:
         peer = self._peers[index]
         if peer.link is None:
             with self._lock:
                 connector = peer.connector
-            peer.link = connector(max(0.001, deadline - time.monotonic()))
+            peer.link = connector(max(0.001, timeout_s))
         return peer.link
 
     def _drop(self, index: int) -> None:

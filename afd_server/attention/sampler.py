@@ -23,7 +23,7 @@ GREEDY_TEMPERATURE = 1e-5  # below it the distribution is a point, and dividing 
 
 
 @dataclass(slots=True)
-class RequestState:
+class SamplingState:
     """What must be remembered of a request between two of its tokens.
 
     prompt_mask_V (bool) and output_counts_V are kept only when a penalty asks for them.
@@ -42,11 +42,11 @@ class Sampler:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._device = device
-        self._states: dict[str, RequestState] = {}
+        self._states: dict[str, SamplingState] = {}
 
     def start(self, request: StartedRequest) -> None:
         """Creates the state of a request that begins, or comes back with some of its output known."""
-        state = RequestState(request.sampling, num_outputs=len(request.output_token_ids))
+        state = SamplingState(request.sampling, num_outputs=len(request.output_token_ids))
         params = request.sampling
         if (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0):
             counts = [torch.tensor(ids, dtype=torch.int64, device=self._device).bincount(minlength=self._vocab_size)
@@ -76,7 +76,7 @@ class Sampler:
             tokens.append(SampledToken(request_id, token_id, _report(states[row], logprobs.get(row), token_id)))
         return tokens
 
-    def _shape(self, states: list[RequestState], logits_NV: Tensor) -> Tensor:
+    def _shape(self, states: list[SamplingState], logits_NV: Tensor) -> Tensor:
         """Logits with bias, minimum length and penalties applied: rows that ask for none are left alone."""
         shaped = False
         for row, state in enumerate(states):
@@ -98,7 +98,7 @@ class Sampler:
         return logits_NV
 
 
-def _penalised(state: RequestState, logits_V: Tensor) -> Tensor:
+def _penalised(state: SamplingState, logits_V: Tensor) -> Tensor:
     """Repetition penalty (arXiv 1909.05858) over prompt and output, then OpenAI's two over the output."""
     params, counts_V, prompt_mask_V = state.params, state.output_counts_V, state.prompt_mask_V
     assert counts_V is not None and prompt_mask_V is not None
@@ -107,7 +107,7 @@ def _penalised(state: RequestState, logits_V: Tensor) -> Tensor:
     return logits_V - params.frequency_penalty * counts_V - params.presence_penalty * (counts_V > 0)
 
 
-def _draw(states: list[RequestState], logits_NV: Tensor) -> Tensor:
+def _draw(states: list[SamplingState], logits_NV: Tensor) -> Tensor:
     """One token per row by inverting the cumulative distribution at the request's own random number."""
 
     def column(values: list[float]) -> Tensor:
@@ -132,10 +132,10 @@ def _draw(states: list[RequestState], logits_NV: Tensor) -> Tensor:
     return tokens_N1[:, 0].clamp_(max=logits_NV.shape[-1] - 1)
 
 
-def _truncated(states: list[RequestState], logits_NV: Tensor) -> Tensor:
+def _truncated(states: list[SamplingState], logits_NV: Tensor) -> Tensor:
     """Logits with all but the top_k likeliest, then all beyond the top_p mass, at minus infinity."""
     vocab_size = logits_NV.shape[-1]
-    sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True)
+    sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True, stable=True)
     top_k = torch.tensor([state.params.top_k or vocab_size for state in states], device=logits_NV.device)
     sorted_NV = sorted_NV.masked_fill(
         torch.arange(vocab_size, device=logits_NV.device) >= top_k[:, None], -torch.inf
@@ -150,13 +150,13 @@ def _truncated(states: list[RequestState], logits_NV: Tensor) -> Tensor:
     return torch.empty_like(logits_NV).scatter_(1, order_NV, sorted_NV)
 
 
-def _log_probabilities(states: list[RequestState], logits_NV: Tensor) -> dict[int, Tensor]:
+def _log_probabilities(states: list[SamplingState], logits_NV: Tensor) -> dict[int, Tensor]:
     """Row -> its log-probabilities [V], for the rows whose requests report them."""
     rows = [row for row, state in enumerate(states) if state.params.logprobs is not None]
     return dict(zip(rows, logits_NV[rows].log_softmax(dim=-1), strict=True)) if rows else {}
 
 
-def _report(state: RequestState, logprobs_V: Tensor | None, token_id: int) -> TokenLogprobs | None:
+def _report(state: SamplingState, logprobs_V: Tensor | None, token_id: int) -> TokenLogprobs | None:
     if logprobs_V is None:
         return None
     top: tuple[tuple[int, float], ...] = ()

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -30,84 +33,108 @@ from afd_server.transport.listener import SocketListener
 
 Result = TypeVar("Result")
 
-# load, replace_ffn, sentinel and stop may overlap.
-ACTOR_THREADS = 4
+logger = logging.getLogger(__name__)
+
+# load, replace_ffn, ping, sentinel and stop may overlap.
+ACTOR_THREADS = 6
+# Between two looks whether the worker's own thread lives.
+THREAD_POLL_S = 0.5
+CONTROL_TIMEOUT_S = 10.0
 
 
-class FFNActor:
+class WorkerActor:
+    """What both kinds have in common: being there, and being gone."""
+
+    def __init__(self, config: ServeConfig, index: int, secret: bytes) -> None:
+        self._config, self._index, self._secret = config, index, secret
+        self._worker: FFNServer | AttentionReplica | None = None
+
+    def ping(self) -> None:
+        """Answers: the process is up."""
+
+    def sentinel(self) -> None:
+        """Never returns: it fails with the process. A worker whose thread has ended by itself takes the process along."""
+        while True:
+            time.sleep(THREAD_POLL_S)
+            if self._worker is not None and not self._worker.is_alive():
+                logger.critical("the worker's thread has ended; so does this process, to be started again")
+                os._exit(1)
+
+    def stop(self) -> None:
+        """Ends the worker after the step or batch under way."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop()
+
+
+class FFNActor(WorkerActor):
     """Process of one FFN worker."""
 
     def __init__(self, config: ServeConfig, index: int, secret: bytes) -> None:
         configure_logging(ffn_name(index))
-        self._config, self._index, self._secret = config, index, secret
-        self._server: FFNServer | None = None
+        super().__init__(config, index, secret)
 
     def load(self) -> tuple[Endpoint, WorkerInfo]:
-        """Loads the shard and starts to serve. Raises StartError with the reason."""
+        """Loads the shard and starts to serve, instead of what was served before. Raises StartError with the reason."""
         return _explained(self._load)
 
     def _load(self) -> tuple[Endpoint, WorkerInfo]:
+        self.stop()
         listener = SocketListener(ffn_name(self._index), _node(), self._secret, host=_address())
-        self._server = FFNServer(self._config, self._index, listener)
-        return listener.endpoint, self._server.info
-
-    def sentinel(self) -> None:
-        threading.Event().wait()
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop()
+        server = FFNServer(self._config, self._index, listener)
+        self._worker = server
+        return listener.endpoint, server.info
 
 
-class AttentionActor:
+class AttentionActor(WorkerActor):
     """Process of one attention worker: an engine thread, and an event loop for the channel to the router."""
 
     def __init__(self, config: ServeConfig, index: int, secret: bytes) -> None:
         configure_logging(attention_name(index))
-        self._config, self._index, self._secret = config, index, secret
-        self._replica: AttentionReplica | None = None
+        super().__init__(config, index, secret)
+        self._control: ControlServer | None = None
         self._events = asyncio.new_event_loop()
         threading.Thread(target=self._events.run_forever, name="control", daemon=True).start()
 
     def load(self, ffn: Sequence[Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
-        """Loads, connects to every FFN worker and starts the engine. Raises StartError with the reason.
+        """Loads, connects to the FFN workers and starts the engine, instead of what ran before.
 
-        The list names the transport to each FFN worker, as it was chosen.
+        The list names the transport to each FFN worker, as it was chosen. Raises StartError with the reason.
         """
         return _explained(partial(self._load, ffn))
 
     def _load(self, ffn: Sequence[Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
+        self.stop()
+        connectors = [self._connector(endpoint) for endpoint in ffn]
+        replica: AttentionReplica
         control = ControlServer(
             self._secret,
             name=attention_name(self._index),
             node=_node(),
             host=_address(),
-            on_submit=lambda request: self._running.loop.submit(request),
-            on_abort=lambda request_id: self._running.loop.abort(request_id),
+            on_submit=lambda request: replica.loop.submit(request),
+            on_abort=lambda request_id: replica.loop.abort(request_id),
         )
-        self._replica = AttentionReplica(
-            self._config, self._index, [self._connector(endpoint) for endpoint in ffn], control.publish
+        replica = AttentionReplica(
+            self._config, self._index, connectors, control.publish, workers_per_gpu=_workers_per_gpu()
         )
-        asyncio.run_coroutine_threadsafe(control.start(), self._events).result(
-            timeout=self._config.start_timeout
-        )
-        return control.endpoint, self._replica.info, [self._transport(endpoint) for endpoint in ffn]
-
-    @property
-    def _running(self) -> AttentionReplica:
-        assert self._replica is not None
-        return self._replica
+        self._worker, self._control = replica, control
+        self._on_events(control.start())
+        return control.endpoint, replica.info, [self._transport(endpoint) for endpoint in ffn]
 
     def replace_ffn(self, index: int, endpoint: Endpoint) -> None:
         """FFN worker `index` was restarted and listens there now."""
-        self._running.replace_ffn(index, self._connector(endpoint))
-
-    def sentinel(self) -> None:
-        threading.Event().wait()
+        if isinstance(self._worker, AttentionReplica):  # else it is told when it is loaded
+            self._worker.replace_ffn(index, self._connector(endpoint))
 
     def stop(self) -> None:
-        if self._replica is not None:
-            self._replica.stop()
+        super().stop()
+        control, self._control = self._control, None
+        if control is not None:
+            self._on_events(control.close())
+
+    def _on_events(self, coroutine: Coroutine[None, None, None]) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._events).result(CONTROL_TIMEOUT_S)
 
     def _transport(self, endpoint: Endpoint) -> str:
         return choose_transport(self._config.transport, _node(), endpoint)
@@ -124,8 +151,14 @@ def _explained(load: Callable[[], Result]) -> Result:
     except ServingError as error:
         raise StartError(str(error)) from None  # one argument: it crosses processes as it is
     except Exception as error:
-        logging.getLogger(__name__).exception("the worker could not start")
+        logger.exception("the worker could not start")
         raise StartError(f"{type(error).__name__}: {error}") from None
+
+
+def _workers_per_gpu() -> int:
+    """From the share of a GPU that Ray gave this actor; see placement.py."""
+    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+    return math.floor(1 / share) if 0 < share <= 1 else 1
 
 
 def _node() -> str:

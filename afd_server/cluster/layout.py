@@ -86,7 +86,7 @@ def link_shape(config: ServeConfig, spec: ModelSpec) -> LinkShape:
     top_k = max((ffn.top_k for ffn in spec.ffn if isinstance(ffn, MoESpec)), default=0)
     routed = config.gate_on == "attention"
     return LinkShape(
-        max_rows=max(config.max_num_batched_tokens, config.max_num_seqs),
+        max_rows=config.max_num_batched_tokens,
         hidden_size=spec.hidden_size,
         top_k=top_k if routed else 0,
         wire_dtype=config.wire_dtype,
@@ -108,12 +108,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def free_kv_cache_bytes(config: ServeConfig, device: torch.device) -> int:
-    """Bytes that one attention worker may take for its KV cache where the configuration does not say."""
+def free_kv_cache_bytes(config: ServeConfig, device: torch.device, workers_per_gpu: int) -> int:
+    """Bytes that one attention worker may take for its KV cache where the configuration does not say.
+
+    FFN workers on the same GPU have loaded already, so only as many attention workers as may be there share what is free.
+    """
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        sharing = -(-config.attention_workers // max(1, torch.cuda.device_count()))
-        return int(free_bytes * CUDA_KV_CACHE_SHARE) // sharing
+        return int(free_bytes * CUDA_KV_CACHE_SHARE) // min(config.attention_workers, workers_per_gpu)
     return int(_available_bytes() * CPU_KV_CACHE_SHARE) // config.attention_workers
 
 

@@ -7,6 +7,7 @@ A bundle is one CPU, a share of a GPU where there are any, and the custom resour
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -59,7 +60,9 @@ def start_ray(config: ServeConfig) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
         where = f"--ray-address {config.ray_address}" if config.ray_address else "Ray on this host"
-        raise StartError(f"{where}: cannot start: {str(error).splitlines()[0]}") from None
+        raise StartError(
+            f"{where}: cannot start: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from None
 
 
 class Deadline:
@@ -133,8 +136,10 @@ def _gpus_per_worker(config: ServeConfig) -> float:
         raise ConfigError("--device", "the Ray cluster has no GPU", "use --device cpu")
     if config.device == "cpu" or not gpus:
         return 0.0
-    share = gpus / (config.attention_workers + config.ffn_workers)
-    return 1.0 if share >= 1 else int(share * 1e4) / 1e4
+    workers = config.attention_workers + config.ffn_workers
+    # As many to a GPU as the fullest one must take: a share that does not divide a GPU would leave the rest of it idle.
+    workers_per_gpu = math.ceil(workers / gpus)
+    return 1.0 if workers_per_gpu <= 1 else math.floor(1e4 / workers_per_gpu) / 1e4
 
 
 def _bundle(gpus: float, resource: str | None) -> dict[str, float]:

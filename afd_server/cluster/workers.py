@@ -72,7 +72,10 @@ def ffn_name(index: int) -> str:
 
 
 class FFNServer:
-    """One FFN worker: its shard's weights and the thread that serves them. `config` is a resolved one."""
+    """One FFN worker: its shard's weights and the thread that serves them. `config` is a resolved one.
+
+    The listener is this worker's from the start on: it is closed when the thread ends, or when the load fails.
+    """
 
     def __init__(self, config: ServeConfig, index: int, listener: Listener) -> None:
         started = time.perf_counter()
@@ -80,20 +83,28 @@ class FFNServer:
         device, dtype = torch_device(config), torch_dtype(config)
         torch.set_num_threads(threads_per_worker(config, usable_cores()))
         directory = Path(config.model)
-        half = load_ffn_half(
-            directory,
-            read_model_spec(directory),
-            ffn_shard(config, index),
-            device=device,
-            dtype=dtype,
-            gate_on=config.gate_on,
-        )
+        try:
+            half = load_ffn_half(
+                directory,
+                read_model_spec(directory),
+                ffn_shard(config, index),
+                device=device,
+                dtype=dtype,
+                gate_on=config.gate_on,
+            )
+        except BaseException:
+            listener.close()
+            raise
         self.info = WorkerInfo(self.name, os.getpid(), device.type, half.weight_bytes())
         self._worker = FFNWorker(self.name, half, listener)
         self._thread = threading.Thread(target=self._worker.serve, name=self.name, daemon=True)
         self._thread.start()
         logger.info("%s: %.1f MB of weights on %s in %.1f s", self.name, self.info.weight_bytes / 1e6, device.type,
                     time.perf_counter() - started)  # fmt: skip
+
+    def is_alive(self) -> bool:
+        """Whether calls are served."""
+        return self._thread.is_alive()
 
     def stop(self) -> None:
         """Ends the thread after the batch under way."""
@@ -105,6 +116,7 @@ class AttentionReplica:
     """One attention worker: weights, KV cache, engine and the thread that runs it. `config` is a resolved one.
 
     connectors: how to reach each FFN worker, by index. on_update is called on the engine's thread after each step.
+    workers_per_gpu: how many workers of any kind may share this one's GPU.
     """
 
     def __init__(
@@ -113,6 +125,8 @@ class AttentionReplica:
         index: int,
         connectors: Sequence[Connector],
         on_update: Callable[[ReplicaUpdate], None],
+        *,
+        workers_per_gpu: int,
     ) -> None:
         started = time.perf_counter()
         self.name = attention_name(index)
@@ -121,16 +135,20 @@ class AttentionReplica:
         directory = Path(config.model)
         spec = read_model_spec(directory)
         half = load_attention_half(directory, spec, device=device, dtype=dtype, gate_on=config.gate_on)
-        num_blocks = num_blocks_for(spec, config, free_kv_cache_bytes(config, device))
+        num_blocks = num_blocks_for(spec, config, free_kv_cache_bytes(config, device, workers_per_gpu))
         cache = allocate_cache(spec, num_blocks, config.block_size, device, dtype)
         self._ffn_group = FFNGroup(
             connectors, group_layout(config, spec), replica=index, dtype=dtype, timeout_s=config.ffn_timeout
         )
-        self._ffn_group.connect()
         worker = AttentionWorker(half, cache, self._ffn_group, block_size=config.block_size, device=device)
         chooser = MicroBatchChooser(config.micro_batches)
-        for timing in worker.warm_up(_warm_up_sizes(config, num_blocks)):
-            chooser.observe(timing)
+        try:
+            self._ffn_group.connect()
+            for timing in worker.warm_up(_warm_up_sizes(config, num_blocks)):
+                chooser.observe(timing)
+        except BaseException:
+            self._ffn_group.close()
+            raise
         scheduler = Scheduler(config, num_blocks=num_blocks, eos_token_ids=spec.eos_token_ids)
         self.loop = EngineLoop(Engine(worker, scheduler, chooser), on_update)
         self.info = WorkerInfo(
@@ -146,6 +164,10 @@ class AttentionReplica:
     def replace_ffn(self, index: int, connector: Connector) -> None:
         """FFN worker `index` was restarted and is reached this way now. Callable from any thread."""
         self._ffn_group.replace(index, connector)
+
+    def is_alive(self) -> bool:
+        """Whether requests are run."""
+        return self.loop.is_alive()
 
     def stop(self) -> None:
         """Ends the engine's thread after the step under way, then the links."""

@@ -50,6 +50,10 @@ class EngineLoop:
                 self._commands.append(request_id)
                 self._wake.notify()
 
+    def is_alive(self) -> bool:
+        """Whether the thread runs. It ends by `stop`, or by a bug of this server."""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """Returns when the step under way is over and the thread has ended. What is unfinished ends as aborted."""
         with self._wake:

@@ -59,9 +59,12 @@ class FFNWorker:
         except (
             Exception
         ) as error:  # the worker must outlive any call: the callers are told, and the log has the rest
+            if len(batch) > 1:  # one bad call is no reason to fail the others
+                for incoming in batch:
+                    self._answer([incoming])
+                return
             logger.exception("%s: layer %d failed", self.name, batch[0].call.layer)
-            for incoming in batch:
-                self._reply(incoming.fail, f"{type(error).__name__}: {error}")
+            self._reply(batch[0].fail, f"{type(error).__name__}: {error}")
             return
         ffn_us = round((time.perf_counter() - started) * 1e6)
         batch_rows = sum(incoming.call.x.shape[0] for incoming in batch)

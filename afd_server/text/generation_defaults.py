@@ -16,9 +16,9 @@ from afd_server.models.config_file import read_json_object
 KEYS: dict[str, tuple[str, float, float]] = {
     "temperature": ("temperature", 0.0, math.inf),
     "top_p": ("top_p", 0.0, 1.0),
-    "top_k": ("top_k", -1, math.inf),
+    "top_k": ("top_k", -1, 2**31 - 1),
     "min_p": ("min_p", 0.0, 1.0),
-    "repetition_penalty": ("repetition_penalty", 0.0, math.inf),
+    "repetition_penalty": ("repetition_penalty", 1e-3, 1e3),
     "max_new_tokens": ("max_tokens", 1, math.inf),
 }
 WHOLE_NUMBERS = ("top_k", "max_new_tokens")

@@ -161,21 +161,23 @@ def test_each_side_holds_only_its_own(server, directory):
     assert psutil.pid_exists(attention)
 
 
-@pytest.mark.parametrize("role", ["FFN", "Attention"])
-def test_a_killed_worker_comes_back_and_the_stream_goes_on(server, client, role):
-    prompt = f"The history of the railway begins ({role})"
+@pytest.mark.parametrize("roles", [["FFN"], ["Attention"], ["Attention", "FFN"]], ids="+".join)
+def test_killed_workers_come_back_and_the_stream_goes_on(server, client, roles):
+    prompt = f"The history of the railway begins ({roles})"
     ask = {"model": "smol", "prompt": prompt, "temperature": 0.7, "seed": 3, "max_tokens": 100}
     ask["extra_body"] = {"ignore_eos": True}
     undisturbed = client.completions.create(**ask).choices[0].text
-    (pid,) = server.pids(role)
+    pids = [pid for role in roles for pid in server.pids(role)]
     text = ""
     for number, chunk in enumerate(client.completions.create(**ask, stream=True)):
         text += chunk.choices[0].text
         if number == 10:
-            os.kill(pid, signal.SIGKILL)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
     assert text == undisturbed
-    (new_pid,) = server.pids(role)
-    assert new_pid != pid
+    new_pids = [pid for role in roles for pid in server.pids(role)]
+    assert len(new_pids) == len(pids)
+    assert not set(new_pids) & set(pids)
     wait_until(lambda: httpx.get(f"{server.url}/health", timeout=30).status_code, 200)
 
 

@@ -50,7 +50,7 @@ def alone(directory, requests):
         {},
         {"attention_workers": 2, "ffn_workers": 2},
         {"micro_batches": "3", "ffn_workers": 4},
-        {"max_num_batched_tokens": 7, "block_size": 4},
+        {"max_num_batched_tokens": 7, "max_num_seqs": 7, "block_size": 4},
         {"enable_prefix_caching": False},
         {"transport": "tcp"},
         {"max_num_seqs": 2},

@@ -58,7 +58,7 @@ def prompts():
 
 def run(directory, prompts, **layout):
     """Runs the prompts at once in small steps, so that they are cut, mixed, and preempted if blocks run out."""
-    settings = {"max_num_batched_tokens": 24, "block_size": 4, "max_model_len": 64, "seed": 1, **layout}
+    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 24, "block_size": 4, "max_model_len": 64, **layout}
     config = ServeConfig(model=str(directory), executor="local", device="cpu", **settings)
     with LLM(config) as llm:
         return llm.run(prompts, GREEDY)
@@ -126,7 +126,7 @@ def test_requests_that_do_not_fit_together_are_preempted_and_come_out_the_same(c
     # 17 blocks of 4 tokens: five prompts of 12 tokens fit, their five outputs of 8 more do not.
     prompts = [prompts[-1][start : start + 12] for start in range(5)]
     config = ServeConfig(
-        model=str(directory), executor="local", device="cpu", max_num_batched_tokens=24, block_size=4,
+        model=str(directory), executor="local", device="cpu", max_num_seqs=8, max_num_batched_tokens=24, block_size=4,
         max_model_len=64, kv_cache_memory_bytes=68 * _bytes_per_token(directory),
     )  # fmt: skip
     preemptions = []

@@ -74,7 +74,7 @@ def test_every_ffn_worker_has_its_own_part_and_replicas_have_the_same():
 
 
 def test_a_call_carries_expert_ids_only_when_attention_routes():
-    config = resolve(ServeConfig(max_num_batched_tokens=8, max_num_seqs=32), MIXTURE, Path("m"))
+    config = resolve(ServeConfig(max_num_batched_tokens=32, max_num_seqs=8), MIXTURE, Path("m"))
     assert link_shape(config, MIXTURE).top_k == 2
     assert link_shape(config, MIXTURE).max_rows == 32
     assert link_shape(dataclasses.replace(config, gate_on="ffn"), MIXTURE).top_k == 0

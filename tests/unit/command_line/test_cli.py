@@ -51,6 +51,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, words):
         (["--ffn-workers", "3", "--ffn-replicas", "2"], ["--ffn-replicas"]),
         (["--ffn-workers", "4", "--ffn-parallel", "3x1"], ["--ffn-parallel", "--ffn-workers"]),
         (["--max-num-seqs", "0"], ["--max-num-seqs"]),
+        (["--max-num-batched-tokens", "32"], ["--max-num-batched-tokens", "64", "--max-num-seqs"]),
         (["--config", "/nowhere/at.all"], ["--config", "/nowhere/at.all"]),
     ],
 )

@@ -80,7 +80,7 @@ layouts = st.fixed_dictionaries(
         "block_size": st.sampled_from([1, 3, 4]),
         "enable_prefix_caching": st.booleans(),
     }
-)
+).filter(lambda layout: layout["max_num_batched_tokens"] >= layout["max_num_seqs"])
 
 
 @settings(max_examples=200, deadline=None)

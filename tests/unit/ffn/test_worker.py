@@ -2,8 +2,10 @@
 
 import threading
 
+import pytest
 import torch
 
+from afd_server.errors import WorkerError
 from afd_server.ffn.worker import FFNWorker, merge, next_batch
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import CallTag, LinkShape
@@ -47,6 +49,28 @@ def test_calls_that_wait_together_for_a_layer_are_one_batch():
     for replica, answer in enumerate(answers):
         expected = torch.full((replica + 1, HIDDEN), float(layers[replica] * (replica + 1)))
         assert torch.equal(answer.y, expected)
+
+
+def test_one_bad_call_does_not_fail_those_that_were_merged_with_it():
+    class Picky(LayerTimesX):
+        def forward(self, call, out=None):
+            if (call.x == 13).any():
+                raise ValueError("13 is not to be computed")
+            return super().forward(call, out)
+
+    listener = InprocListener("ffn-0")
+    links = [listener.connect(SHAPE, replica) for replica in range(2)]
+    tags = [CallTag(replica, 1, 5, 0) for replica in range(2)]
+    for link, tag, value in zip(links, tags, (2, 13), strict=True):
+        link.send(tag, routed_call(5, rows=1, value=value))
+    worker = FFNWorker("ffn-0", Picky(), listener)
+    thread = threading.Thread(target=worker.serve, daemon=True)
+    thread.start()
+    assert torch.equal(links[0].receive(tags[0], 10.0).y, torch.full((1, HIDDEN), 10.0))
+    with pytest.raises(WorkerError, match="13 is not to be computed"):
+        links[1].receive(tags[1], 10.0)
+    worker.stop()
+    thread.join(10)
 
 
 def test_next_batch_takes_the_oldest_layer_and_leaves_the_rest_in_order():
