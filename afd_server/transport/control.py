@@ -1,8 +1,9 @@
 """The channel between the router and an attention replica: requests and aborts in, new tokens and statistics out.
 
 Length-prefixed MessagePack over TCP, decoded into exactly the types of types.py, behind the same handshake as the
-activation links. The replica is the server, so that a router can leave and come back. What does not live here:
-which replica a request goes to (router/) and what it does there (engine/).
+activation links. The replica is the server: a router whose connection is gone makes another and submits again what it
+still wants. What was under way over the old one is aborted, and none of its output reaches the new one. What does not
+live here: which replica a request goes to (router/) and what it does there (engine/).
 
 Both ends run on an asyncio event loop; `ControlServer.publish` alone is called from the engine's thread.
 """
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -34,7 +37,7 @@ from afd_server.transport.handshake import (
     unpack_hello,
     unpack_reply,
 )
-from afd_server.types import GenerationRequest, ReplicaUpdate
+from afd_server.types import GenerationRequest, ReplicaUpdate, RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +71,24 @@ class FrameTooLongError(Exception):
 
 
 class _Client:
-    """One connected router: its writer, and the requests it has under way."""
+    """One connected router: its writer, and the requests it has under way.
+
+    engine_ids: what the engine calls each of them, by the router's own id.
+    """
 
     def __init__(self, writer: asyncio.StreamWriter, max_unsent_bytes: int) -> None:
-        self.request_ids: set[str] = set()
+        self.engine_ids: dict[str, str] = {}
         self._writer = writer
         self._max_unsent_bytes = max_unsent_bytes
+
+    def own_outputs(self, outputs: Iterable[RequestOutput]) -> Iterator[RequestOutput]:
+        """Those of this client's requests, under its own ids. A request that ends is under way no more."""
+        for output in outputs:
+            request_id = _router_id(output.request_id)
+            if self.engine_ids.get(request_id) == output.request_id:
+                if output.finish_reason is not None:
+                    del self.engine_ids[request_id]
+                yield replace(output, request_id=request_id)
 
     def write(self, frame: bytes) -> None:
         """Queues a frame without waiting. A client that does not read loses its connection."""
@@ -96,6 +111,10 @@ class ControlServer:
 
     on_submit, on_abort: called on that loop; they must not block. on_abort also comes for every request under way of a
     client that disconnects. What on_submit raises is logged and drops the client.
+
+    Both, and `publish`, name a request by an engine id, which no two submissions share. A router submits a request again
+    under the same id when its connection breaks, while the engine, in the middle of a step, still has the first
+    submission: neither the late tokens of that one nor its end may be taken for the second one's.
     """
 
     def __init__(
@@ -114,6 +133,7 @@ class ControlServer:
         self._on_submit, self._on_abort = on_submit, on_abort
         self._max_unsent_bytes = max_unsent_bytes
         self._clients: set[_Client] = set()
+        self._submissions = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: asyncio.Server | None = None
 
@@ -132,7 +152,8 @@ class ControlServer:
     def publish(self, update: ReplicaUpdate) -> None:
         """Sends every client the statistics and the outputs of its own requests. Any thread; never blocks.
 
-        What nobody is there to hear is dropped: outputs of a client that left, and everything before `start`.
+        What nobody is there to hear is dropped: outputs of a client that left, of a request that its client has aborted,
+        and everything before `start`.
         """
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the event loop ended: so did every connection
@@ -148,9 +169,7 @@ class ControlServer:
 
     def _publish(self, update: ReplicaUpdate) -> None:
         for client in list(self._clients):
-            own = tuple(output for output in update.outputs if output.request_id in client.request_ids)
-            client.request_ids.difference_update(output.request_id for output in own if output.finish_reason)
-            client.write(_frame(ReplicaUpdate(own, update.stats)))
+            client.write(_frame(ReplicaUpdate(tuple(client.own_outputs(update.outputs)), update.stats)))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
@@ -172,8 +191,8 @@ class ControlServer:
         finally:
             self._clients.discard(client)
             client.drop()
-            for request_id in client.request_ids:
-                self._on_abort(request_id)
+            for engine_id in client.engine_ids.values():
+                self._on_abort(engine_id)
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         challenge = new_challenge()
@@ -193,14 +212,15 @@ class ControlServer:
 
     def _carry_out(self, client: _Client, command: Submit | Abort) -> None:
         if isinstance(command, Abort):
-            if command.request_id in client.request_ids:
-                self._on_abort(command.request_id)
+            engine_id = client.engine_ids.pop(command.request_id, None)
+            if engine_id is not None:
+                self._on_abort(engine_id)
             return
         request_id = command.request.request_id
-        if any(request_id in known.request_ids for known in self._clients):
+        if request_id in client.engine_ids:
             raise ValueError(f"request {request_id} is under way already")
-        client.request_ids.add(request_id)
-        self._on_submit(command.request)
+        engine_id = client.engine_ids[request_id] = _engine_id(next(self._submissions), request_id)
+        self._on_submit(replace(command.request, request_id=engine_id))
 
 
 class ControlClient:
@@ -237,7 +257,10 @@ class ControlClient:
         self._send(Submit(request))
 
     def abort(self, request_id: str) -> None:
-        """Says that nobody waits for the request any more. Does nothing when it ended, or the replica is gone."""
+        """Says that nobody waits for the request any more: no output of it comes but what is on its way already.
+
+        Does nothing when it ended, or the replica is gone.
+        """
         with contextlib.suppress(WorkerDiedError):
             self._send(Abort(request_id))
 
@@ -268,6 +291,14 @@ class ControlClient:
         if transport.is_closing():
             raise WorkerDiedError(self.worker, "the control connection is closed")
         self._writer.write(frame)
+
+
+def _engine_id(submission: int, request_id: str) -> str:
+    return f"{submission}:{request_id}"
+
+
+def _router_id(engine_id: str) -> str:
+    return engine_id.partition(":")[2]
 
 
 def _frame(message: Any) -> bytes:

@@ -5,7 +5,7 @@ import struct
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -38,6 +38,14 @@ class Replica:
 
     async def next_event(self) -> tuple[str, object]:
         return await asyncio.wait_for(self.events.get(), DEADLINE_S)
+
+    async def next_submission(self, expected: GenerationRequest) -> str:
+        """Waits for this request; what the engine calls it."""
+        kind, request = await self.next_event()
+        assert kind == "submit"
+        assert isinstance(request, GenerationRequest)
+        assert replace(request, request_id=expected.request_id) == expected
+        return request.request_id
 
     async def client(self, secret: bytes = SECRET) -> ControlClient:
         return await ControlClient.connect(self.server.endpoint, secret, DEADLINE_S)
@@ -83,10 +91,10 @@ async def test_a_request_goes_in_and_its_outputs_come_out() -> None:
         client = await served.client()
         assert client.worker == "attention-0"
         client.submit(a_request())
-        assert await served.next_event() == ("submit", a_request())
-        update = an_update("r1", finish_reason=FinishReason.STOP)
+        engine_id = await served.next_submission(a_request())
+        update = an_update(engine_id, finish_reason=FinishReason.STOP)
         await asyncio.to_thread(served.server.publish, update)  # as the engine's thread does
-        assert await next_update(client) == update
+        assert await next_update(client) == an_update("r1", finish_reason=FinishReason.STOP)
         client.close()
 
 
@@ -95,8 +103,8 @@ async def test_outputs_go_to_their_submitter_and_statistics_to_all() -> None:
         first, second = await served.client(), await served.client()
         first.submit(a_request("r1"))
         second.submit(a_request("r2"))
-        await served.next_event(), await served.next_event()
-        served.server.publish(an_update("r1", "r2", "nobody's"))
+        engine_ids = {(await served.next_event())[1].request_id for _ in range(2)}
+        served.server.publish(an_update(*sorted(engine_ids), "nobody's"))
         for client, request_id in ((first, "r1"), (second, "r2")):
             assert await next_update(client) == an_update(request_id)
 
@@ -105,11 +113,11 @@ async def test_updates_keep_their_order() -> None:
     async with replica() as served:
         client = await served.client()
         client.submit(a_request())
-        await served.next_event()
+        engine_id = await served.next_submission(a_request())
 
         def publish() -> None:
             for token in range(200):
-                served.server.publish(ReplicaUpdate((RequestOutput("r1", (token,)),), ReplicaStats()))
+                served.server.publish(ReplicaUpdate((RequestOutput(engine_id, (token,)),), ReplicaStats()))
 
         thread = threading.Thread(target=publish)
         thread.start()
@@ -122,12 +130,12 @@ async def test_an_abort_reaches_the_replica_only_from_the_requests_own_client() 
     async with replica() as served:
         owner, other = await served.client(), await served.client()
         owner.submit(a_request("r1"))
-        await served.next_event()
+        engine_id = await served.next_submission(a_request("r1"))
         other.abort("r1")
         other.submit(a_request("r2"))  # what comes after the abort shows that it was passed over
-        assert (await served.next_event())[0] == "submit"
+        await served.next_submission(a_request("r2"))
         owner.abort("r1")
-        assert await served.next_event() == ("abort", "r1")
+        assert await served.next_event() == ("abort", engine_id)
 
 
 async def test_a_client_that_leaves_has_its_unfinished_requests_aborted() -> None:
@@ -135,11 +143,12 @@ async def test_a_client_that_leaves_has_its_unfinished_requests_aborted() -> Non
         client = await served.client()
         client.submit(a_request("finished"))
         client.submit(a_request("running"))
-        await served.next_event(), await served.next_event()
-        served.server.publish(an_update("finished", finish_reason=FinishReason.LENGTH))
+        finished = await served.next_submission(a_request("finished"))
+        running = await served.next_submission(a_request("running"))
+        served.server.publish(an_update(finished, finish_reason=FinishReason.LENGTH))
         await next_update(client)
         client.close()
-        assert await served.next_event() == ("abort", "running")
+        assert await served.next_event() == ("abort", running)
         assert served.events.empty()
 
 
@@ -159,16 +168,17 @@ async def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not() -
     async with replica(max_unsent_bytes=100_000) as served:
         deaf, reading = await served.client(), await served.client()
         deaf.submit(a_request("deaf's"))
+        deafs = await served.next_submission(a_request("deaf's"))
         reading.submit(a_request("r1"))
-        await served.next_event(), await served.next_event()
-        flood = ReplicaUpdate((RequestOutput("deaf's", tuple(range(10_000))),), ReplicaStats())
+        engine_id = await served.next_submission(a_request("r1"))
+        flood = ReplicaUpdate((RequestOutput(deafs, tuple(range(10_000))),), ReplicaStats())
         for _ in range(5000):
             served.server.publish(flood)
             assert (await next_update(reading)).outputs == ()
             if not served.events.empty():
                 break
-        assert await served.next_event() == ("abort", "deaf's")
-        served.server.publish(an_update("r1"))
+        assert await served.next_event() == ("abort", deafs)
+        served.server.publish(an_update(engine_id))
         assert await next_update(reading) == an_update("r1")
 
 
@@ -226,7 +236,7 @@ async def test_a_member_that_talks_nonsense_is_dropped(data: bytes) -> None:
         await asyncio.wait_for(_until_end(reader), DEADLINE_S)
         client = await served.client()
         client.submit(a_request())
-        assert await served.next_event() == ("submit", a_request())
+        await served.next_submission(a_request())
         writer.close()
 
 
@@ -243,16 +253,54 @@ async def test_strangers_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
             each.close()
 
 
-async def test_an_id_that_is_under_way_cannot_be_taken_by_another() -> None:
+@pytest.mark.parametrize("half_open", [False, True], ids=["old connection ended", "old connection half open"])
+async def test_a_request_submitted_again_hears_nothing_of_its_first_submission(half_open: bool) -> None:
     async with replica() as served:
-        owner, thief = await served.client(), await served.client()
-        owner.submit(a_request("r1"))
-        await served.next_event()
-        thief.submit(a_request("r1"))
+        old = await served.client()
+        old.submit(a_request("r1"))
+        first = await served.next_submission(a_request("r1"))
+        if not half_open:
+            old.close()
+            assert await served.next_event() == ("abort", first)
+        new = await served.client()
+        new.submit(a_request("r1"))
+        second = await served.next_submission(a_request("r1"))
+        served.server.publish(an_update(first))  # of the step that was under way
+        assert (await next_update(new)).outputs == ()
+        served.server.publish(an_update(first, finish_reason=FinishReason.ABORT))
+        assert (await next_update(new)).outputs == ()
+        served.server.publish(an_update(second))
+        assert await next_update(new) == an_update("r1")
+        new.abort("r1")
+        assert await served.next_event() == ("abort", second)
+
+
+async def test_an_aborted_requests_id_is_free_at_once() -> None:
+    async with replica() as served:
+        client = await served.client()
+        client.submit(a_request("r1"))
+        first = await served.next_submission(a_request("r1"))
+        client.abort("r1")
+        assert await served.next_event() == ("abort", first)
+        client.submit(a_request("r1"))
+        second = await served.next_submission(a_request("r1"))
+        served.server.publish(an_update(first, finish_reason=FinishReason.ABORT))
+        assert (await next_update(client)).outputs == ()
+        served.server.publish(an_update(second))
+        assert await next_update(client) == an_update("r1")
+
+
+async def test_an_id_that_is_under_way_is_not_submitted_twice() -> None:
+    async with replica() as served:
+        confused, other = await served.client(), await served.client()
+        other.submit(a_request("r1"))
+        engine_id = await served.next_submission(a_request("r1"))
+        for _ in range(2):
+            confused.submit(a_request("r1"))
         with pytest.raises(WorkerDiedError):
-            await next_update(thief)
-        served.server.publish(an_update("r1"))
-        assert await next_update(owner) == an_update("r1")
+            await next_update(confused)
+        served.server.publish(an_update(engine_id))
+        assert await next_update(other) == an_update("r1")
 
 
 async def test_an_activation_link_is_not_opened_on_the_control_channel() -> None:

@@ -336,6 +336,7 @@ def test_a_killed_ffn_worker_is_noticed_at_once() -> None:
         for link in links:
             with pytest.raises(WorkerDiedError, match="worker ffn-0, layer 2, step 3"):
                 link.receive(tag(step=3, layer=2), DEADLINE_S)
+        process.wait(DEADLINE_S)  # the links end a moment before the door
         with pytest.raises(WorkerDiedError, match="cannot be reached"):
             connect(endpoint, SHAPE, 0, SECRET, "shm", DEADLINE_S)
 
