@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -27,8 +27,9 @@ class ChatError(Exception):
 class Conversation:
     """The messages so far, and the server that continues them."""
 
-    def __init__(self, client: httpx.Client, model: str) -> None:
+    def __init__(self, client: httpx.Client, model: str, sampling: Mapping[str, Any]) -> None:
         self._client = client
+        self._sampling = sampling
         self.model = model
         self.messages: list[dict[str, str]] = []
 
@@ -38,9 +39,10 @@ class Conversation:
         Raises ChatError.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
+        body = {"model": self.model, "messages": messages, "stream": True, **self._sampling}
         answer: list[str] = []
         try:
-            for piece in _stream(self._client, {"model": self.model, "messages": messages, "stream": True}):
+            for piece in _stream(self._client, body):
                 answer.append(piece)
                 yield piece
         except ChatError:
@@ -51,19 +53,27 @@ class Conversation:
                 self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
 
 
-def run_chat(url: str, model: str | None, api_key: str | None) -> int:
-    """Talks until /quit or the end of input; gives the exit code. model None: the server's first."""
+def run_chat(url: str, model: str | None, api_key: str | None, sampling: Mapping[str, Any]) -> int:
+    """Talks until /quit or the end of input; gives the exit code.
+
+    url: without a scheme it is taken as http. model: None is the server's first. sampling: fields of every request.
+    """
+    if "://" not in url:
+        url = f"http://{url}"
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     is_terminal = sys.stdin.isatty()
     console = Console(highlight=False)
     try:
         with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=TIMEOUT) as client:
-            conversation = Conversation(client, model or first_model(client))
+            conversation = Conversation(client, model or first_model(client), sampling)
             if is_terminal:
                 console.print(WELCOME.format(model=conversation.model, url=url), style="dim")
             _talk(conversation, console, is_terminal)
     except (ChatError, httpx.InvalidURL) as error:
         print(f"afd chat: {error}", file=sys.stderr)
+        return 1
+    except UnicodeError:
+        print("afd chat: the question is not UTF-8 text", file=sys.stderr)
         return 1
     return 0
 
@@ -72,9 +82,12 @@ def _talk(conversation: Conversation, console: Console, is_terminal: bool) -> No
     while True:
         try:
             question = (console.input(PROMPT) if is_terminal else input()).strip()
+            question.encode()  # raises UnicodeError where the input was not UTF-8
         except EOFError:  # Ctrl-D, or the pipe's end
             return
         except KeyboardInterrupt:  # at the prompt: a line thought better of
+            if not is_terminal:
+                raise
             console.print()
             continue
         if question == "/quit":
@@ -94,6 +107,8 @@ def _show_answer(conversation: Conversation, question: str, console: Console, is
     except KeyboardInterrupt:
         pieces.close()  # closes the connection, which ends the request
         console.print(" ...")
+        if not is_terminal:  # nobody is there to ask on
+            raise
     except ChatError as error:
         if not is_terminal:  # a script must notice
             raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from afd_server import __version__
-from afd_server.config import ServeConfig, flag
+from afd_server.config import ServeConfig, flag, settings_of
 from afd_server.errors import ConfigError, ServingError, StartError
 
 # The rooms of the house in the order in which a newcomer meets them, with what their flags are about.
@@ -26,6 +26,15 @@ ROOMS = {
     "kvcache": "the paged KV cache of each attention worker",
     "cluster": "the workers and where they run",
     "pipeline": "the way of the activations",
+}
+# What vLLM's users type for things that are done otherwise here.
+HERE_CALLED = {
+    "--gpu-memory-utilization": "--kv-cache-memory-bytes",
+    "--tensor-parallel-size": "--ffn-parallel tp --ffn-workers N",
+    "-tp": "--ffn-parallel tp --ffn-workers N",
+    "--data-parallel-size": "--attention-workers",
+    "-dp": "--attention-workers",
+    "--enable-expert-parallel": "--ffn-parallel ep --ffn-workers N",
 }
 USAGE_ERROR = 2
 
@@ -45,8 +54,9 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             mine = [name for action in self._actions for name in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], mine, n=1)
-            self.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else ""))
+            name = unknown[0].split("=")[0]
+            near = HERE_CALLED.get(name) or next(iter(difflib.get_close_matches(name, mine, n=1)), None)
+            self.error(f"unknown argument {unknown[0]!r}" + (f" (did you mean {near}?)" if near else ""))
         return known
 
 
@@ -121,7 +131,7 @@ def parse_serve(argv: Sequence[str]) -> ServeConfig:
     path = given.pop("config", None)
     if path is None:
         return ServeConfig(**given)
-    return ServeConfig.from_mapping({**_read_config_file(Path(path)), **given}, source=path)
+    return ServeConfig(**{**settings_of(_read_config_file(Path(path)), source=path), **given})
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
@@ -155,10 +165,15 @@ def chat(argv: Sequence[str]) -> int:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server. Default: %(default)s")
     parser.add_argument("--model", help="model name; default: the server's first")
     parser.add_argument("--api-key", help="the key the server asks for")
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, metavar="N", help="of one answer. Default: %(default)s"
+    )
+    parser.add_argument("--temperature", type=float, metavar="T", help="default: the model's recommendation")
     given = parser.parse_args(list(argv))
     from afd_server.chat import run_chat
 
-    return run_chat(given.url, given.model, given.api_key)
+    sampling = {"max_tokens": given.max_tokens, "temperature": given.temperature}
+    return run_chat(given.url, given.model, given.api_key, sampling)
 
 
 def convert(argv: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ vLLM's where vLLM has the thing. What depends on the machine ("auto") is resolve
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -27,7 +28,7 @@ def option(default: Any, room: str, help: str, choices: Iterable[str] | None = N
 class ServeConfig:
     """How one server is laid out. Frozen: it is handed to every worker as it is."""
 
-    model: str = option("", "model", "a Hugging Face directory, or a hub name where the network allows")
+    model: str = option("default", "model", "a Hugging Face directory, or a hub name where the network allows")
     served_model_name: str | None = option(None, "model", "the name that clients use; default: MODEL as given")
     dtype: str = option("auto", "model", "type of weights and activations; auto: the checkpoint's", DTYPES)
     max_model_len: int | None = option(
@@ -89,6 +90,9 @@ class ServeConfig:
         _check_positive(self, "max_num_seqs", "max_num_batched_tokens", "block_size", "attention_workers",
                         "ffn_workers", "ffn_replicas", "max_model_len", "kv_cache_memory_bytes",
                         "start_timeout", "ffn_timeout")  # fmt: skip
+        for name in ("model", "api_key", "served_model_name", "ray_address"):
+            if getattr(self, name) == "":
+                raise ConfigError(flag(name), "is empty")
         if not 0 <= self.port <= 65535:
             raise ConfigError("--port", f"{self.port} is not a TCP port", "0 to 65535; 0 takes a free one")
         if self.shutdown_timeout < 0:
@@ -132,18 +136,29 @@ class ServeConfig:
                               f"there are {per_replica}", "change --ffn-workers")  # fmt: skip
         return int(ep), int(tp)
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], source: str) -> ServeConfig:
-        """Settings from a file's keys (dashes or underscores). An unknown key is an error that names a near one."""
-        import difflib
 
-        known = {setting.name for setting in fields(cls)}
-        normal = {str(key).replace("-", "_"): value for key, value in values.items()}
-        for key in normal:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                raise ConfigError(source, f"unknown key {key!r}", f"did you mean {near[0]!r}?" if near else "")
-        return cls(**normal)
+def settings_of(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings from a file's keys (dashes or underscores), to be given to ServeConfig.
+
+    Raises ConfigError, naming the file, for an unknown key (with a near one), one given twice, or a value of another type.
+    """
+    known = {setting.name: setting for setting in fields(ServeConfig)}
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(source, f"unknown key {name!r}", f"did you mean {near[0]!r}?" if near else "")
+        if name in settings:
+            raise ConfigError(source, f"{name!r} is given twice")
+        # YAML takes a text of digits for a number.
+        is_text = str(known[name].type).startswith("str") and type(value) in (int, float)
+        settings[name] = str(value) if is_text else value
+        try:
+            _check_type(known[name], settings[name])
+        except ConfigError as error:
+            raise ConfigError(source, str(error)) from None
+    return settings
 
 
 def flag(name: str) -> str:

@@ -84,7 +84,7 @@ class Service:
 def run_server(config: ServeConfig) -> int:
     """Serves until SIGTERM or SIGINT; gives the exit code. Raises StartError if it cannot start."""
     configure_logging("server")
-    name = config.model or "default"
+    name = config.model
     directory = MADE_HERE[name](afd_home()) if name in MADE_HERE else locate_model(name)
     spec = read_model_spec(directory)
     config = resolve(config, spec, directory)
@@ -171,7 +171,7 @@ def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: st
     """What a person wants to know of a server that has just become ready."""
     ep, tp = config.ffn_shards
     body = f'{{"model": "{config.served_model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-    key = " -H 'Authorization: Bearer $API_KEY'" if config.api_key else ""
+    key = ' -H "Authorization: Bearer $API_KEY"' if config.api_key else ""
     attention, ffn = started.attention, started.ffn
     lines = {
         "url": url,

@@ -22,7 +22,7 @@ from afd_server.types import GenerationRequest, SamplingParams
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may use all that is left
 # All prompts and choices of one body: each costs memory before the scheduler sees it.
 MAX_CHOICES_IN_ALL = 2048
-# Above this many characters a text is encoded on another thread, so that the streams of others go on.
+# From this many characters on, texts are encoded on another thread, so that the streams of others go on.
 LONG_TEXT = 20_000
 
 
@@ -71,10 +71,10 @@ class Admission:
             raise RequestError("logprobs of the prompt are not served: leave out logprobs or echo", "logprobs")
         if len(body.prompt) * body.n > MAX_CHOICES_IN_ALL:
             raise RequestError(f"prompt: more than {MAX_CHOICES_IN_ALL} choices in all", "prompt")
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        encoded = iter(await self._encode(texts, body.add_special_tokens, "prompt"))
         prompts = [
-            Prompt(tuple(prompt))
-            if isinstance(prompt, list)
-            else Prompt(tuple(await self._encode(prompt, body.add_special_tokens, "prompt")), prompt)
+            Prompt(tuple(prompt)) if isinstance(prompt, list) else Prompt(tuple(next(encoded)), prompt)
             for prompt in body.prompt
         ]
         return self._job("cmpl", body, prompts, "prompt", body.logprobs, COMPLETION_MAX_TOKENS)
@@ -103,7 +103,8 @@ class Admission:
             continue_final_message=body.continue_final_message,
             variables=body.chat_template_kwargs,
         )
-        prompt = Prompt(tuple(await self._encode(text, body.add_special_tokens, "messages")), text)
+        (token_ids,) = await self._encode([text], body.add_special_tokens, "messages")
+        prompt = Prompt(tuple(token_ids), text)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._job("chatcmpl", body, [prompt], "messages", num_logprobs, None)
 
@@ -112,14 +113,15 @@ class Admission:
         if name is not None and name != served:
             raise ModelNotFoundError(f"the model {name!r} is not served here; {served!r} is", "model")
 
-    async def _encode(self, text: str, add_special_tokens: bool, field: str) -> list[int]:
+    async def _encode(self, texts: Sequence[str], add_special_tokens: bool, field: str) -> list[list[int]]:
         try:
-            text.encode()
+            for text in texts:
+                text.encode()
         except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
             raise RequestError(f"{field}: is not Unicode text: {error.reason}", field) from error
-        if len(text) < LONG_TEXT:
-            return self._tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
+        if sum(map(len, texts)) < LONG_TEXT:
+            return [self._tokenizer.encode(text, add_special_tokens) for text in texts]
+        return await asyncio.to_thread(self._tokenizer.encode_batch, texts, add_special_tokens)
 
     def _job(
         self,
@@ -176,7 +178,7 @@ class Admission:
         field, given = body.output_limit
         if given is not None:
             if given > room:
-                raise RequestError(
+                raise PromptTooLongError(
                     f"{field}: {given} are asked for, but the prompt leaves {room} of "
                     f"{self._settings.max_model_len} tokens",
                     field,

@@ -20,7 +20,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
         self._app = app
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._expected = None if api_key is None else api_key.encode()
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,8 +59,13 @@ class Gate:
         return None
 
     def _knows_key(self, given: bytes) -> bool:
+        scheme, _, key = given.partition(b" ")
         # In constant time: how long it takes must not tell how much of a guess was right.
-        return self._expected is not None and hmac.compare_digest(given, self._expected)
+        return (
+            self._expected is not None
+            and scheme.lower() == b"bearer"
+            and hmac.compare_digest(key.strip(), self._expected)
+        )
 
     def _too_large(self) -> str:
         return f"the body is larger than {self._max_body_bytes} bytes"

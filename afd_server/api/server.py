@@ -6,6 +6,7 @@ What lives here: uvicorn, the listening socket, the signals. What does not: rout
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -43,6 +44,8 @@ def bind_port(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError("--host", f"{host} is not an address of this machine") from error
         raise ConfigError(
             "--port", f"cannot listen on {host} port {port}: {reason}", "choose another"
         ) from error

@@ -48,7 +48,7 @@ def resolve(config: ServeConfig, spec: ModelSpec, directory: Path) -> ServeConfi
     return dataclasses.replace(
         config,
         model=str(directory),
-        served_model_name=config.served_model_name or config.model or "default",
+        served_model_name=config.served_model_name or config.model,
         dtype=dtype,
         max_model_len=max_model_len,
         wire_dtype=dtype if config.wire_dtype == "auto" else config.wire_dtype,

@@ -55,6 +55,7 @@ def num_blocks_for(spec: ModelSpec, config: ServeConfig, free_bytes: int) -> int
         raise InsufficientMemoryError(
             f"--kv-cache-memory-bytes: one request of {config.max_model_len} tokens needs "
             f"{blocks_per_request * block_bytes} bytes of KV cache, there are {budget_bytes} "
-            f"(give more, or set --max-model-len to at most {affordable * config.block_size})"
+            f"(give more"
+            + (f", or set --max-model-len to at most {affordable * config.block_size})" if affordable else ")")
         )
     return min(affordable, config.max_num_seqs * blocks_per_request)

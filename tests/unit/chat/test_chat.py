@@ -40,7 +40,7 @@ def served(service, **settings):
 
 def chat(monkeypatch, url, typed, model=None, api_key=None):
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    return run_chat(url, model, api_key)
+    return run_chat(url, model, api_key, {"max_tokens": 64})
 
 
 def prompts(service):
@@ -113,7 +113,7 @@ def test_a_server_that_speaks_otherwise():
 def test_what_was_said_before_an_answer_was_stopped_is_kept():
     service = ScriptedService(says("a long answer"))
     with served(service) as url, httpx.Client(base_url=url, timeout=DEADLINE_S) as client:
-        conversation = Conversation(client, first_model(client))
+        conversation = Conversation(client, first_model(client), {})
         answer = conversation.ask("Hello")
         assert [next(answer), next(answer)] == ["a", " "]
         answer.close()
@@ -123,7 +123,7 @@ def test_what_was_said_before_an_answer_was_stopped_is_kept():
 def test_a_failed_question_is_forgotten():
     service = ScriptedService([UnavailableError("busy")], says("yes"))
     with served(service) as url, httpx.Client(base_url=url, timeout=DEADLINE_S) as client:
-        conversation = Conversation(client, "tiny")
+        conversation = Conversation(client, "tiny", {})
         with pytest.raises(Exception, match="busy"):
             list(conversation.ask("Hello"))
         assert "".join(conversation.ask("Again")) == "yes"

@@ -15,6 +15,13 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert config.block_size == ServeConfig().block_size
 
 
+def test_a_number_in_the_file_may_stand_for_a_text(tmp_path):
+    file = tmp_path / "afd.yaml"
+    file.write_text("micro-batches: 2\nserved-model-name: 12\n")
+    config = parse_serve(["--config", str(file)])
+    assert (config.micro_batches, config.served_model_name) == ("2", "12")
+
+
 def test_every_setting_has_a_flag_with_help_in_its_room():
     shown = serve_parser().format_help()
     for name in ServeConfig.__dataclass_fields__:
@@ -26,7 +33,8 @@ def test_every_setting_has_a_flag_with_help_in_its_room():
     ("text", "words"),
     [
         ("prot: 1", ["unknown key 'prot'", "did you mean 'port'?"]),
-        ("port: eight", ["--port", "'eight' is not of type int"]),
+        ("port: eight", ["afd.yaml", "--port", "'eight' is not of type int"]),
+        ("ffn_workers: 2\nffn-workers: 3", ["'ffn_workers' is given twice"]),
         ("- port", ["does not hold a mapping"]),
         ("port: [", ["is not YAML"]),
         ("transport: carrier-pigeon", ["--transport", "auto, inproc, shm, tcp"]),
@@ -46,6 +54,9 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, words):
     [
         (["--block-sise", "8"], ["'--block-sise'", "--block-size?"]),
         (["--port", "x"], ["--port"]),
+        (["--tensor-parallel-size", "2"], ["--ffn-parallel tp"]),
+        ([""], ["MODEL", "is empty"]),
+        (["--api-key", ""], ["--api-key", "is empty"]),
         (["--micro-batches", "5"], ["--micro-batches", "1 to 4"]),
         (["--transport", "inproc"], ["--transport", "--executor local"]),
         (["--ffn-workers", "3", "--ffn-replicas", "2"], ["--ffn-replicas"]),
