@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
@@ -152,6 +153,8 @@ def _read_config_file(path: Path) -> dict[str, Any]:
 
 def serve(argv: Sequence[str]) -> int:
     config = parse_serve(argv)
+    # Until the server sets its own handler: to be told to end is not a failure, also while it starts.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from afd_server.serving import run_server
 
     return run_server(config)

@@ -29,6 +29,7 @@ from afd_server.cluster.layout import resolve
 from afd_server.cluster.workers import Started, WorkerInfo
 from afd_server.config import ServeConfig
 from afd_server.errors import UnavailableError
+from afd_server.models.checkpoint import check_checkpoint
 from afd_server.models.families import read_model_spec
 from afd_server.models.spec import ModelSpec
 from afd_server.router.replica_client import ReplicaClient
@@ -87,6 +88,7 @@ def run_server(config: ServeConfig) -> int:
     name = config.model
     directory = MADE_HERE[name](afd_home()) if name in MADE_HERE else locate_model(name)
     spec = read_model_spec(directory)
+    check_checkpoint(directory, spec)
     config = resolve(config, spec, directory)
     tokenizer = Tokenizer.load(directory)
     settings = _api_settings(config, spec, tokenizer)

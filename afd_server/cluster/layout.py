@@ -114,12 +114,16 @@ def free_kv_cache_bytes(config: ServeConfig, device: torch.device, workers_per_g
     FFN workers on the same GPU have loaded already, so only as many attention workers as may be there share what is free.
     """
     if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes * CUDA_KV_CACHE_SHARE) // min(config.attention_workers, workers_per_gpu)
-    return int(_available_bytes() * CPU_KV_CACHE_SHARE) // config.attention_workers
+        return int(free_bytes(device) * CUDA_KV_CACHE_SHARE) // min(config.attention_workers, workers_per_gpu)
+    return int(free_bytes(device) * CPU_KV_CACHE_SHARE) // config.attention_workers
 
 
-def _available_bytes() -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody uses now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+
+
+def _free_host_bytes() -> int:
     """Memory that can be had without swapping: the kernel's own estimate, or the container's limit if lower."""
     with open("/proc/meminfo") as meminfo:
         lines = dict(line.split(":", 1) for line in meminfo)

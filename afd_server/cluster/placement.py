@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from afd_server.cluster.actors import ACTOR_THREADS
 from afd_server.cluster.layout import usable_cores
+from afd_server.cluster.supervisor import first_line
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError, StartError
+from afd_server.transport.reachable import why_unreachable
 
 # A thread that waits for work must sleep: spinning on a core that the other side needs costs a hundredfold.
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
-OWN_PLACEMENT_TIMEOUT_S = 30.0
+ADDRESS_TIMEOUT_S = 5.0
 # Between two looks whether a start is to be given up.
 START_POLL_S = 0.5
 
@@ -41,7 +44,12 @@ class Actors:
 
 
 def start_ray(config: ServeConfig) -> None:
-    """Joins the cluster at --ray-address, or starts one of this host alone. Raises StartError."""
+    """Joins the cluster at --ray-address, or starts one of this host alone. Raises StartError.
+
+    Ray sets a handler of SIGTERM, which ends the process as a failure; the caller's is put back.
+    """
+    _check_address(config.ray_address)
+    handler = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Workers see every GPU of their node even when they ask for none, as with CUDA itself.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -51,6 +59,7 @@ def start_ray(config: ServeConfig) -> None:
         "num_cpus": max(workers, usable_cores()),
         "include_dashboard": False,
     }  # fmt: skip
+    where = f"--ray-address {config.ray_address}" if config.ray_address else "Ray on this host"
     try:
         ray.init(
             address=config.ray_address or "local",
@@ -59,10 +68,21 @@ def start_ray(config: ServeConfig) -> None:
             **own,
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
-        where = f"--ray-address {config.ray_address}" if config.ray_address else "Ray on this host"
-        raise StartError(
-            f"{where}: cannot start: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from None
+        raise StartError(f"{where}: cannot start: {first_line(error)}") from None
+    except SystemExit:
+        raise SystemExit(0) from None  # Ray's handler, while the start was still going on
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _check_address(address: str | None) -> None:
+    """Raises StartError when nobody listens at HOST:PORT. Ray itself would try for minutes, and not say so."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", or for Ray to judge
+    problem = why_unreachable(host, int(port), ADDRESS_TIMEOUT_S)
+    if problem:
+        raise StartError(f"--ray-address {address}: {problem} (is a Ray head running there? ray start --head)")
 
 
 class Deadline:
@@ -73,11 +93,11 @@ class Deadline:
         self._started_at = time.monotonic()
         self._cancelled = cancelled
 
-    def check(self, problem: str, within_s: float | None = None) -> None:
-        """Raises StartError(problem) once the time (within_s: a shorter one) is over."""
+    def check(self, problem: str) -> None:
+        """Raises StartError(problem) once the time is over."""
         if self._cancelled.is_set():
             raise StartError("the start was cancelled")
-        if time.monotonic() - self._started_at >= (self.timeout_s if within_s is None else within_s):
+        if time.monotonic() - self._started_at >= self.timeout_s:
             raise StartError(problem)
 
 
@@ -87,15 +107,11 @@ def place(config: ServeConfig, ffn: type, attention: type, secret: bytes, deadli
     ffn_bundle = _bundle(gpus, config.ffn_resource)
     attention_bundle = _bundle(gpus, config.attention_resource)
     bundles = [ffn_bundle] * config.ffn_workers + [attention_bundle] * config.attention_workers
+    if not config.ray_address and _missing(bundles):  # this host alone has all that it will ever have
+        raise StartError(_why_not_placed(bundles, deadline))
     group = placement_group(bundles, strategy="PACK")
-    # Nodes may still be joining a cluster that others started; this host alone has all that it will have.
-    within_s = deadline.timeout_s if config.ray_address else min(deadline.timeout_s, OWN_PLACEMENT_TIMEOUT_S)
     while not group.wait(START_POLL_S):
-        deadline.check(
-            f"the workers cannot be placed: they need {_total(bundles)}, the cluster has {_cluster_resources()} "
-            "(add nodes, or lower --attention-workers or --ffn-workers)",
-            within_s,
-        )
+        deadline.check(_why_not_placed(bundles, deadline))
     return Actors(
         [_create(ffn, config, index, secret, group, index, ffn_bundle) for index in range(config.ffn_workers)],
         [_create(attention, config, index, secret, group, config.ffn_workers + index, attention_bundle)
@@ -151,15 +167,45 @@ def _bundle(gpus: float, resource: str | None) -> dict[str, float]:
     return bundle
 
 
-def _total(bundles: list[dict[str, float]]) -> str:
+def _why_not_placed(bundles: list[dict[str, float]], deadline: Deadline) -> str:
+    missing = _missing(bundles)
+    if not missing:
+        return (
+            f"the workers are not placed after {deadline.timeout_s:g} s, although the cluster has {_listed(_offered())} "
+            "(others may hold it, or a node may be too small for a worker; or raise --start-timeout)"
+        )
+    remedies = [
+        _REMEDIES.get(name, "start a node that offers it, see --attention-resource and --ffn-resource")
+        for name in missing
+    ]
+    return (
+        f"the workers need {_listed(_needed(bundles))}, the cluster has {_listed(_offered())}: too little "
+        f"{', '.join(missing)} ({'; '.join(remedies)})"
+    )
+
+
+_REMEDIES = {
+    "CPU": "add nodes, or lower --attention-workers or --ffn-workers",
+    "GPU": "add nodes, lower --attention-workers or --ffn-workers, or use --device cpu",
+}
+
+
+def _missing(bundles: list[dict[str, float]]) -> list[str]:
+    """The resources of which the cluster has less than all bundles together need."""
+    offered = _offered()
+    return [name for name, amount in _needed(bundles).items() if amount > offered.get(name, 0.0)]
+
+
+def _needed(bundles: list[dict[str, float]]) -> dict[str, float]:
     names = sorted({name for bundle in bundles for name in bundle})
-    return ", ".join(f"{sum(bundle.get(name, 0) for bundle in bundles):g} {name}" for name in names)
+    return {name: sum(bundle.get(name, 0) for bundle in bundles) for name in names}
 
 
-def _cluster_resources() -> str:
-    offered = {
-        name: amount
-        for name, amount in ray.cluster_resources().items()
-        if ":" not in name and "memory" not in name
-    }
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(offered.items())) or "nothing"
+def _offered() -> dict[str, float]:
+    """What the nodes of the cluster offer in all, without Ray's own names and memory."""
+    resources = ray.cluster_resources().items()
+    return {name: amount for name, amount in sorted(resources) if ":" not in name and "memory" not in name}
+
+
+def _listed(resources: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items()) or "nothing"

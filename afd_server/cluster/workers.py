@@ -19,6 +19,7 @@ from afd_server.attention.ffn_group import Connector, FFNGroup
 from afd_server.attention.worker import AttentionWorker
 from afd_server.cluster.layout import (
     ffn_shard,
+    free_bytes,
     free_kv_cache_bytes,
     group_layout,
     threads_per_worker,
@@ -135,7 +136,8 @@ class AttentionReplica:
         directory = Path(config.model)
         spec = read_model_spec(directory)
         half = load_attention_half(directory, spec, device=device, dtype=dtype, gate_on=config.gate_on)
-        num_blocks = num_blocks_for(spec, config, free_kv_cache_bytes(config, device, workers_per_gpu))
+        share_bytes = free_kv_cache_bytes(config, device, workers_per_gpu)
+        num_blocks = num_blocks_for(spec, config, share_bytes, free_bytes(device))
         cache = allocate_cache(spec, num_blocks, config.block_size, device, dtype)
         self._ffn_group = FFNGroup(
             connectors, group_layout(config, spec), replica=index, dtype=dtype, timeout_s=config.ffn_timeout

@@ -81,7 +81,8 @@ class FFNWorker:
         if len(batch) == 1:
             self._half.forward(batch[0].call, out=batch[0].answer_buffer())
             return
-        y_TH = self._half.forward(merge([incoming.call for incoming in batch]))
+        # Each call is routed by itself, where that is done here: see FFNHalf.routed.
+        y_TH = self._half.forward(merge([self._half.routed(incoming.call) for incoming in batch]))
         start = 0
         for incoming in batch:
             rows = incoming.call.x.shape[0]

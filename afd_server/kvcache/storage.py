@@ -39,17 +39,18 @@ def allocate_cache(
     ]
 
 
-def num_blocks_for(spec: ModelSpec, config: ServeConfig, free_bytes: int) -> int:
+def num_blocks_for(spec: ModelSpec, config: ServeConfig, share_bytes: int, free_bytes: int) -> int:
     """Blocks of one attention worker's cache: what the memory holds, but no more than its requests can ever fill.
 
-    free_bytes: what the worker may take where config.kv_cache_memory_bytes does not say. `config` is a resolved one.
-    Raises InsufficientMemoryError when one request of full length does not fit.
+    share_bytes: what the worker may take where config.kv_cache_memory_bytes does not say; free_bytes: all that is there.
+    `config` is a resolved one. Raises InsufficientMemoryError when one request of full length does not fit, or the memory
+    asked for is not there.
     """
     assert config.max_model_len is not None
     entry_elements = math.prod(spec.attention.cache_entry_shape)
     block_bytes = config.block_size * spec.num_layers * entry_elements * ELEMENT_BYTES[config.dtype]
     blocks_per_request = -(-config.max_model_len // config.block_size)
-    budget_bytes = free_bytes if config.kv_cache_memory_bytes is None else config.kv_cache_memory_bytes
+    budget_bytes = share_bytes if config.kv_cache_memory_bytes is None else config.kv_cache_memory_bytes
     affordable = budget_bytes // block_bytes
     if affordable < blocks_per_request:
         raise InsufficientMemoryError(
@@ -58,4 +59,9 @@ def num_blocks_for(spec: ModelSpec, config: ServeConfig, free_bytes: int) -> int
             f"(give more"
             + (f", or set --max-model-len to at most {affordable * config.block_size})" if affordable else ")")
         )
-    return min(affordable, config.max_num_seqs * blocks_per_request)
+    num_blocks = min(affordable, config.max_num_seqs * blocks_per_request)
+    if num_blocks * block_bytes > free_bytes:
+        raise InsufficientMemoryError(
+            f"--kv-cache-memory-bytes: {num_blocks * block_bytes} bytes of KV cache, and only {free_bytes} are free (lower it)"
+        )
+    return num_blocks

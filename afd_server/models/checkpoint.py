@@ -29,6 +29,15 @@ from afd_server.models.tensors import TensorSlot, model_tensors
 from afd_server.models.weight_files import WeightFiles
 
 
+def check_checkpoint(directory: Path, spec: ModelSpec) -> None:
+    """Finds out in no time what would stop a worker later: raises ModelError for missing and left-over tensors."""
+    files, family = WeightFiles(directory), family_of(spec.architecture)
+    missing = sorted(_needed_names(family, spec) - files.names)
+    if missing:
+        raise ModelError(f"{files.where}: {missing[0]} is missing{_and_more(missing)}")
+    _refuse_left_over(files, family, spec)
+
+
 def load_attention_half(
     directory: Path, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, gate_on: str
 ) -> AttentionHalf:
@@ -196,9 +205,13 @@ def _names(tensor: TensorSlot, family: Family) -> Iterator[str]:
         yield template.format(layer=tensor.layer)
 
 
+def _needed_names(family: Family, spec: ModelSpec) -> set[str]:
+    return {name for tensor in model_tensors(spec) for name in _names(tensor, family)}
+
+
 def _refuse_left_over(files: WeightFiles, family: Family, spec: ModelSpec) -> None:
     """Raises ModelError for a tensor that no slot asks for: a model that has it is not the model that was described."""
-    known = {name for tensor in model_tensors(spec) for name in _names(tensor, family)}
+    known = _needed_names(family, spec)
     if spec.tie_word_embeddings:
         known.add(family.names["lm_head"])  # many files carry the tied matrix twice
     left_over = [
@@ -208,10 +221,13 @@ def _refuse_left_over(files: WeightFiles, family: Family, spec: ModelSpec) -> No
         and not (family.prediction_layers and _layer_of(name) >= spec.num_layers)
     ]
     if left_over:
-        others = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
         raise ModelError(
-            f"{files.where}: {left_over[0]}{others}: no part of {spec.architecture} has such a tensor"
+            f"{files.where}: {left_over[0]}{_and_more(left_over)}: no part of {spec.architecture} has such a tensor"
         )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _layer_of(name: str) -> int:

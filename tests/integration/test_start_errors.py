@@ -42,7 +42,8 @@ def test_a_missing_model(tmp_path):
 
 
 def test_a_missing_file(model, tmp_path):
-    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
     assert_one_line(afd("serve", tmp_path), "tokenizer.json")
 
 
@@ -62,7 +63,7 @@ def test_a_taken_port(model):
 @pytest.mark.parametrize("executor", ["local", "ray"])
 def test_too_little_memory_for_one_full_length_request(model, executor):
     result = afd("serve", model, "--port", 0, "--kv-cache-memory-bytes", 1024, "--executor", executor)
-    assert_one_line(result, "--kv-cache-memory-bytes", "--max-model-len")
+    assert_one_line(result, "--kv-cache-memory-bytes", "one request of")
 
 
 def test_a_layout_that_does_not_fit(model):
@@ -75,3 +76,21 @@ def test_version_and_help():
     for room in ("engine", "kvcache", "cluster", "pipeline"):
         assert f"\n{room}:" in shown
     assert "--max-num-batched-tokens" in shown
+
+
+def test_nobody_at_the_address_of_the_ray_cluster(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]  # free again when the block ends
+    result = afd("serve", model, "--port", 0, "--ray-address", f"127.0.0.1:{port}")
+    assert_one_line(result, "--ray-address", "Connection refused")
+
+
+def test_a_resource_that_this_host_does_not_offer(model):
+    result = afd("serve", model, "--port", 0, "--ffn-resource", "big-memory")
+    assert_one_line(result, "big-memory", "--ffn-resource")
+
+
+def test_a_missing_weight_file(model, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text((model / name).read_text())
+    assert_one_line(afd("serve", tmp_path, "--port", 0), str(tmp_path), "safetensors")

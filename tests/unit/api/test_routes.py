@@ -109,7 +109,7 @@ async def test_without_the_key(given):
 async def test_with_the_key():
     async with client_for(ScriptedService(says("a")), api_key="right") as client:
         response = await client.post(
-            "/v1/completions", json={"prompt": "hi"}, headers={"Authorization": "Bearer right"}
+            "/v1/completions", json={"prompt": "hi"}, headers={"Authorization": "bearer right"}
         )
     assert response.status_code == 200
 

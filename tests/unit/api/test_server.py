@@ -34,6 +34,11 @@ def test_a_taken_port_is_named():
             bind_port("127.0.0.1", port)
 
 
+def test_an_address_of_another_machine_is_named():
+    with pytest.raises(ConfigError, match=r"--host: 192\.0\.2\.1 is not an address of this machine"):
+        bind_port("192.0.2.1", 0)
+
+
 def test_an_unknown_host_is_named():
     with pytest.raises(ConfigError, match="--host"):
         bind_port("no such host", 0)

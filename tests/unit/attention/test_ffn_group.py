@@ -27,6 +27,9 @@ class ExpertRange:
         self.first, self.last, self.share = first, last, share
         self.rows_seen = []
 
+    def routed(self, call):
+        return call
+
     def forward(self, call, out=None):
         self.rows_seen.append(call.x.shape[0])
         if call.topk_ids is None:

@@ -21,6 +21,9 @@ class LayerTimesX:
     def __init__(self):
         self.batches = []
 
+    def routed(self, call):
+        return call
+
     def forward(self, call, out=None):
         self.batches.append((call.layer, call.x.shape[0]))
         y = call.x * call.layer
@@ -49,6 +52,33 @@ def test_calls_that_wait_together_for_a_layer_are_one_batch():
     for replica, answer in enumerate(answers):
         expected = torch.full((replica + 1, HIDDEN), float(layers[replica] * (replica + 1)))
         assert torch.equal(answer.y, expected)
+
+
+def test_calls_are_routed_one_by_one_before_they_are_merged():
+    class RoutesHere(LayerTimesX):
+        def __init__(self):
+            super().__init__()
+            self.routed_rows = []
+
+        def routed(self, call):
+            self.routed_rows.append(call.x.shape[0])
+            ids = torch.zeros(call.x.shape[0], 2, dtype=torch.int32)
+            return FFNCall(call.layer, call.x, ids, torch.ones(call.x.shape[0], 2))
+
+    listener, half = InprocListener("ffn-0"), RoutesHere()
+    shape = LinkShape(max_rows=8, hidden_size=HIDDEN, top_k=0, wire_dtype="float32")
+    links = [listener.connect(shape, replica) for replica in range(2)]
+    tags = [CallTag(replica, 1, 5, 0) for replica in range(2)]
+    for rows, (link, tag) in enumerate(zip(links, tags, strict=True), start=1):
+        link.send(tag, FFNCall(5, torch.ones(rows, HIDDEN)))
+    worker = FFNWorker("ffn-0", half, listener)
+    thread = threading.Thread(target=worker.serve, daemon=True)
+    thread.start()
+    for link, tag in zip(links, tags, strict=True):
+        assert link.receive(tag, 10.0).batch_rows == 3
+    worker.stop()
+    thread.join(10)
+    assert (half.routed_rows, half.batches) == ([1, 2], [(5, 3)])
 
 
 def test_one_bad_call_does_not_fail_those_that_were_merged_with_it():

@@ -28,6 +28,12 @@ def save(directory, kind, **config):
     return directory
 
 
+def test_a_batch_is_encoded_as_each_text_alone(tmp_path):
+    tokenizer = Tokenizer.load(save(tmp_path, "byte-level"))
+    texts = ["", "one", "two words", "drei W\u00f6rter hier"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
 def assert_equal_to_transformers(directory, texts):
     ours, theirs = Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
     for text in texts:
