@@ -45,9 +45,7 @@ class GQAttention:
             query = rms_norm(query, self._q_norm, self._eps)
             key = rms_norm(key, self._k_norm, self._eps)
         write_entries(cache, batch, torch.stack((rope.rotate(key), value), dim=1))
-        output = paged_attention(
-            rope.rotate(query), cache, batch, keys_and_values, spec.head_dim**-0.5, spec.head_dim
-        )
+        output = paged_attention(rope.rotate(query), cache, batch, keys_and_values, spec.head_dim**-0.5)
         return F.linear(output.flatten(1), self._o, self._o_bias)
 
 

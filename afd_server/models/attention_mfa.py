@@ -41,5 +41,5 @@ class FactorizedAttention:
         write_entries(cache, batch, torch.stack((rope.rotate(key_TD[:, None]), value_TD[:, None]), dim=1))
         query = F.linear(rms_norm(query_TC, self._q_norm, self._eps), self._q_up)
         query_TND = rope.rotate(query.view(len(x_TH), spec.num_heads, spec.head_dim))
-        output = paged_attention(query_TND, cache, batch, keys_and_values, spec.head_dim**-0.5, spec.head_dim)
+        output = paged_attention(query_TND, cache, batch, keys_and_values, spec.head_dim**-0.5)
         return F.linear(output.flatten(1), self._o)

@@ -55,9 +55,8 @@ class LatentAttention:
         query_TNU, query_TNP = query.split([spec.nope_head_dim, spec.rope_head_dim], dim=-1)
         query_TNR = torch.bmm(query_TNU.transpose(0, 1), self._k_up_NUR).transpose(0, 1)
         query = torch.cat((query_TNR, rope.rotate(query_TNP)), dim=-1)
-        latent_TNR = paged_attention(
-            query, cache, batch, self._latents_and_values, spec.softmax_scale, spec.kv_rank
-        )
+        attended = paged_attention(query, cache, batch, whole_entries, spec.softmax_scale)
+        latent_TNR = attended[..., : spec.kv_rank]
         output_TNV = torch.bmm(latent_TNR.transpose(0, 1), self._v_up_NRV).transpose(0, 1)
         return F.linear(output_TNV.flatten(1), self._o, self._o_bias)
 
@@ -68,7 +67,12 @@ class LatentAttention:
         down = F.linear(x_TH, self._q_down, self._q_down_bias)
         return F.linear(rms_norm(down, self._q_norm, self._spec.norm_eps), self._q_up)
 
-    def _latents_and_values(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """[requests, L, R + P] -> the one key head, whole, and the one value head, the latent part of it."""
-        entries = entries[:, :, None]
-        return entries, entries[..., : self._spec.kv_rank]
+
+def whole_entries(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """[requests, L, R + P] -> the one key head and the one value head, [requests, L, 1, R + P] each.
+
+    A value is the latent part alone, but attending to whole entries, P columns of the result unused, is far cheaper than
+    to values of another width than the keys (see Split in paged_attention.py).
+    """
+    heads = entries[:, :, None]
+    return heads, heads
