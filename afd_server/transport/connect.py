@@ -15,6 +15,7 @@ import torch
 from afd_server.errors import ConfigError, WorkerDiedError, WorkerTimeoutError
 from afd_server.transport.base import Endpoint, Link, LinkShape
 from afd_server.transport.handshake import new_hello, shake_hands
+from afd_server.transport.keepalive import notice_dead_host
 from afd_server.transport.link import SocketLink
 from afd_server.transport.wire import SlotLayout, Slots
 
@@ -81,7 +82,13 @@ def dial(endpoint: Endpoint, timeout_s: float, *, unix: bool) -> socket.socket:
             return sock
         assert endpoint.port is not None, "the endpoint has no TCP port"
         sock = socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_s)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # The FFN worker reads nothing while it computes. Every call has its deadline in `receive` instead.
+            notice_dead_host(sock, peer_reads_at_once=False)
+        except BaseException:
+            sock.close()
+            raise
         return sock
     except TimeoutError:
         raise WorkerTimeoutError(endpoint.worker, f"no connection within {timeout_s:g} s") from None

@@ -26,6 +26,7 @@ from afd_server.transport.base import Endpoint
 from afd_server.transport.handshake import (
     CHALLENGE_BYTES,
     HANDSHAKE_TIMEOUT_S,
+    MAX_CANDIDATES,
     HandshakeError,
     check_challenge,
     frame_bytes,
@@ -37,6 +38,7 @@ from afd_server.transport.handshake import (
     unpack_hello,
     unpack_reply,
 )
+from afd_server.transport.keepalive import DEAD_AFTER_S, notice_dead_host
 from afd_server.types import GenerationRequest, ReplicaUpdate, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -132,6 +134,7 @@ class ControlServer:
         self._name, self._node, self._host = name, node, host
         self._on_submit, self._on_abort = on_submit, on_abort
         self._max_unsent_bytes = max_unsent_bytes
+        self._candidates: dict[_Client, None] = {}  # have not introduced themselves yet; in order of arrival
         self._clients: set[_Client] = set()
         self._submissions = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -164,7 +167,7 @@ class ControlServer:
         self._loop = None
         if self._server is not None:
             self._server.close()
-        for client in list(self._clients):
+        for client in [*self._candidates, *self._clients]:
             client.drop()
 
     def _publish(self, update: ReplicaUpdate) -> None:
@@ -175,13 +178,14 @@ class ControlServer:
         peer = writer.get_extra_info("peername")
         client = _Client(writer, self._max_unsent_bytes)
         try:
-            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                await self._welcome(reader, writer)
+            # Both ends read whatever comes, on event loops that do nothing for long.
+            notice_dead_host(writer.get_extra_info("socket"), peer_reads_at_once=True)
+            await self._introduce(client, reader, writer)
             self._clients.add(client)
             while True:
                 self._carry_out(client, _decode_command(await _read_frame(reader)))
         except TimeoutError:
-            logger.warning("%s: %s did not introduce itself and is dropped", self._name, peer)
+            logger.warning("%s: %s has not replied for %g s and is dropped", self._name, peer, DEAD_AFTER_S)
         except (EOFError, OSError):
             pass  # it left
         except (HandshakeError, FrameTooLongError, msgspec.MsgspecError, ValueError) as error:
@@ -193,6 +197,24 @@ class ControlServer:
             client.drop()
             for engine_id in client.engine_ids.values():
                 self._on_abort(engine_id)
+
+    async def _introduce(
+        self, client: _Client, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Returns when the peer has proved itself. Raises HandshakeError, EOFError, OSError."""
+        if len(self._candidates) >= MAX_CANDIDATES:
+            logger.warning("%s: too many connections do not introduce themselves; one is dropped", self._name)
+            oldest = next(iter(self._candidates))
+            del self._candidates[oldest]
+            oldest.drop()
+        self._candidates[client] = None
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                await self._welcome(reader, writer)
+        except TimeoutError:
+            raise HandshakeError(f"it did not introduce itself within {HANDSHAKE_TIMEOUT_S:g} s") from None
+        finally:
+            self._candidates.pop(client, None)
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         challenge = new_challenge()
@@ -238,6 +260,7 @@ class ControlClient:
         try:
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+                notice_dead_host(writer.get_extra_info("socket"), peer_reads_at_once=True)
                 challenge = await reader.readexactly(CHALLENGE_BYTES)
                 check_challenge(challenge)
                 hello = new_hello("control")
@@ -265,9 +288,10 @@ class ControlClient:
             self._send(Abort(request_id))
 
     async def updates(self) -> AsyncIterator[ReplicaUpdate]:
-        """Every update from the replica, in order, until it dies: the iteration ends by WorkerDiedError.
+        """Every update from the replica, in order, until the connection ends: then it raises WorkerDiedError.
 
-        ProtocolError when it sends something else. An idle replica sends nothing, so there is no deadline here.
+        A replica that dies ends it at once, a host that is gone within 20 s (keepalive.py). ProtocolError when it
+        sends something else. A replica that hangs is not noticed: it is as silent as an idle one, and there is no deadline.
         """
         while True:
             try:

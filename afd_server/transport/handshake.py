@@ -25,6 +25,8 @@ from afd_server.transport.base import LinkShape
 PROTOCOL_VERSION = 1
 # A server gives up on a connection that has not introduced itself after this long.
 HANDSHAKE_TIMEOUT_S = 5.0
+# Connections that a server holds at most before they have introduced themselves; one more ends the oldest of them.
+MAX_CANDIDATES = 64
 
 _MAGIC = b"AFDh"
 _NONCE_BYTES = 32

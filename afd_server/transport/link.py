@@ -15,8 +15,10 @@ from afd_server.transport.base import NUM_SLOTS, Answer, CallTag, Link
 from afd_server.transport.frames import MAX_MESSAGE_BYTES, FrameError, FrameReader, Header, Kind, Outbox
 from afd_server.transport.wire import Slots
 
-# How long `send` goes on offering bytes to a peer that takes none. The rest is sent by the next send or receive.
+# How long `send` goes on offering bytes to a peer that takes none, and to one that takes them slowly. The rest is sent
+# by the next send or receive; the latter has a deadline.
 _SEND_PATIENCE_S = 0.05
+_SEND_TIME_S = 1.0
 
 
 class SocketLink(Link):
@@ -57,8 +59,9 @@ class SocketLink(Link):
         self._outbox.put([header.pack()])
         if self._payload_on_socket:
             self._outbox.put(slots.call_buffers(micro_batch, rows, routed))
+        give_up_at = time.monotonic() + _SEND_TIME_S
         try:
-            while not self._outbox.flush():
+            while not self._outbox.flush() and time.monotonic() < give_up_at:
                 if not self._wait(sock, select.POLLOUT, _SEND_PATIENCE_S):
                     return
         except OSError as error:
@@ -88,12 +91,14 @@ class SocketLink(Link):
         """Takes in answers, and writes on what is left of calls, until the micro-batch's own answer is there."""
         sock = self._open_socket(tag)
         deadline = time.monotonic() + timeout_s
+        in_time = True  # at least one look, however late: the answer may be there
         try:
             while self._arrived[micro_batch] is None:
                 events = select.POLLIN | (select.POLLOUT if len(self._outbox) else 0)
-                if not self._wait(sock, events, deadline - time.monotonic()):
+                if not in_time or not self._wait(sock, events, deadline - time.monotonic()):
                     problem = f"no answer within {timeout_s:g} s"
                     raise WorkerTimeoutError(self.worker, problem, layer=tag.layer, step=tag.step)
+                in_time = time.monotonic() < deadline
                 if len(self._outbox):
                     self._outbox.flush()
                 self._take_frames(micro_batch)

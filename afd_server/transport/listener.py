@@ -17,14 +17,15 @@ import time
 
 from afd_server.transport.base import Endpoint, IncomingCall, Listener
 from afd_server.transport.frames import FrameError
-from afd_server.transport.handshake import HANDSHAKE_TIMEOUT_S, HandshakeError, Hello
+from afd_server.transport.handshake import HANDSHAKE_TIMEOUT_S, MAX_CANDIDATES, HandshakeError, Hello
+from afd_server.transport.keepalive import notice_dead_host
 from afd_server.transport.server_side import Candidate, ServedCall, ServedLink
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 128
-# Connections that have not introduced themselves yet; one more ends the oldest of them.
-_MAX_CANDIDATES = 64
+# How long nothing is accepted after no connection could be: the process has no descriptors left, say.
+_ACCEPT_PAUSE_S = 0.5
 
 
 class SocketListener(Listener):
@@ -46,6 +47,7 @@ class SocketListener(Listener):
         self._secret = secret
         self._selector = selectors.DefaultSelector()
         self._doors: list[socket.socket] = []
+        self._closed_until: dict[socket.socket, float] = {}  # doors that pause; monotonic seconds
         self._candidates: dict[socket.socket, Candidate] = {}  # in order of arrival
         self._links: dict[socket.socket, ServedLink] = {}
         self._closed = False
@@ -65,6 +67,9 @@ class SocketListener(Listener):
             left_s = 0.0 if calls else max(0.0, deadline - time.monotonic())
             if self._candidates:
                 left_s = min(left_s, HANDSHAKE_TIMEOUT_S / 10)
+            if self._closed_until:
+                left_s = min(left_s, _ACCEPT_PAUSE_S)
+                self._open_doors_again()
             for key, events in self._selector.select(left_s):
                 self._serve(key.data, events, calls)
             self._drop_silent_candidates()
@@ -111,6 +116,8 @@ class SocketListener(Listener):
             self._drop(sock, logging.WARNING, f"it does not follow the protocol: {error}")
         except (EOFError, OSError) as error:
             self._drop(sock, logging.INFO, f"the connection ended{f' ({error})' if str(error) else ''}")
+        except Exception as error:  # short of memory, or a bug: no reason to leave the other links unserved
+            self._drop(sock, logging.ERROR, f"it cannot be served: {type(error).__name__}: {error}")
 
     def _watch_writes(self, sock: socket.socket, link: ServedLink) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.has_output else 0)
@@ -125,23 +132,33 @@ class SocketListener(Listener):
     def _accept(self, door: socket.socket) -> None:
         try:
             sock, _ = door.accept()
-        except OSError as error:  # gone again already, or no descriptors left: the next event tries again
-            if not isinstance(error, BlockingIOError):
-                logger.warning("%s: a connection could not be accepted: %s", self.endpoint.worker, error)
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # gone again already
+        except OSError as error:  # it still waits, and would be the next event again at once
+            self._selector.unregister(door)
+            self._closed_until[door] = time.monotonic() + _ACCEPT_PAUSE_S
+            logger.warning("%s: a connection could not be accepted: %s", self.endpoint.worker, error)
             return
-        if len(self._candidates) >= _MAX_CANDIDATES:
+        if len(self._candidates) >= MAX_CANDIDATES:
             self._reject(next(iter(self._candidates)), "too many connections that do not introduce themselves")
         try:
             sock.setblocking(False)
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                # An attention worker that leaves answers unread for as long as a dead one can dial again.
+                notice_dead_host(sock, peer_reads_at_once=True)
             self._candidates[sock] = Candidate(sock, self._secret)
             self._selector.register(sock, selectors.EVENT_READ, sock)
         except OSError as error:
             self._candidates.pop(sock, None)
             sock.close()
             logger.info("%s: a connection ended at once: %s", self.endpoint.worker, error)
+
+    def _open_doors_again(self) -> None:
+        now = time.monotonic()
+        for door in [door for door, until in self._closed_until.items() if until <= now]:
+            del self._closed_until[door]
+            self._selector.register(door, selectors.EVENT_READ, door)
 
     def _introduce(self, sock: socket.socket) -> None:
         candidate = self._candidates[sock]
@@ -154,6 +171,8 @@ class SocketListener(Listener):
             self._reject(sock, str(error))
         except (EOFError, OSError) as error:
             self._reject(sock, f"the connection ended {error}")
+        except Exception as error:  # as in _exchange
+            self._reject(sock, f"it cannot be served: {type(error).__name__}: {error}")
         else:
             del self._candidates[sock]
             self._links[sock] = link
@@ -180,7 +199,8 @@ class SocketListener(Listener):
         link = self._links.pop(sock)
         link.close()
         self._end(sock)
-        logger.log(level, "%s: link of attention-%d dropped: %s", self.endpoint.worker, link.replica, reason)
+        logger.log(level, "%s: link of attention-%d dropped: %s", self.endpoint.worker, link.replica, reason,
+                   exc_info=level >= logging.ERROR)  # fmt: skip
 
     def _end(self, sock: socket.socket) -> None:
         with contextlib.suppress(KeyError, ValueError):

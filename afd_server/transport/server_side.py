@@ -31,7 +31,9 @@ from afd_server.transport.wire import SlotLayout, Slots
 
 
 class Candidate:
-    """A connection that has not proved itself. Holds no more than one hello and one descriptor of its peer."""
+    """A connection that has not proved itself. Holds no more than one hello and one descriptor of its peer: a second
+    descriptor ends it, and so does a longer hello.
+    """
 
     def __init__(self, sock: socket.socket, secret: bytes) -> None:
         """Sends the challenge. Raises OSError when the peer is gone already."""
@@ -93,6 +95,8 @@ class Candidate:
             return self.socket.recv(size)
         piece, descriptors, _, _ = socket.recv_fds(self.socket, size, 1)
         self._descriptors += descriptors
+        if len(self._descriptors) > 1:
+            raise HandshakeError("it passes more than one descriptor")
         return piece
 
     def _say(self, frame: bytes) -> None:

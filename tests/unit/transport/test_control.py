@@ -253,6 +253,27 @@ async def test_strangers_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
             each.close()
 
 
+async def test_more_strangers_than_it_keeps_push_out_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "MAX_CANDIDATES", 2)
+    async with replica() as served:
+        endpoint = served.server.endpoint
+        strangers = []
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+            await reader.readexactly(CHALLENGE_BYTES)
+            strangers.append((reader, writer))
+        assert await asyncio.wait_for(_until_end(strangers[0][0]), DEADLINE_S) == b""
+        assert not any(reader.at_eof() for reader, _ in strangers[1:])
+        member = await served.client()
+        for _ in range(2):
+            strangers.append(await asyncio.open_connection(endpoint.host, endpoint.port))
+            await strangers[-1][0].readexactly(CHALLENGE_BYTES)
+        member.submit(a_request())  # whoever has introduced itself is not pushed out
+        await served.next_submission(a_request())
+        for _, writer in strangers:
+            writer.close()
+
+
 @pytest.mark.parametrize("half_open", [False, True], ids=["old connection ended", "old connection half open"])
 async def test_a_request_submitted_again_hears_nothing_of_its_first_submission(half_open: bool) -> None:
     async with replica() as served:

@@ -1,6 +1,5 @@
 """Whatever a socket peer does, or stops doing, the listener lives and the other links are served."""
 
-import gc
 import os
 import socket
 import struct
@@ -18,27 +17,32 @@ from afd_server.transport import listener as listener_module
 from afd_server.transport.base import Endpoint, LinkShape
 from afd_server.transport.connect import choose_transport, connect, dial
 from afd_server.transport.frames import Header, Kind
-from afd_server.transport.handshake import CHALLENGE_BYTES, new_hello, pack_hello, shake_hands
+from afd_server.transport.handshake import new_hello, pack_hello, shake_hands
 from afd_server.transport.listener import SocketListener
 from afd_server.transport.shared_memory import create_shared_memory, map_shared_memory
 from afd_server.transport.wire import SlotLayout
 
-from .wiring import DEADLINE_S, SECRET, SHAPE, Wiring, connect_while_waiting, random_call, serve, tag, wired
+from .wiring import (
+    DEADLINE_S,
+    SECRET,
+    SHAPE,
+    Wiring,
+    assert_dropped,
+    assert_serves,
+    connect_while_waiting,
+    num_descriptors,
+    random_call,
+    serve,
+    stranger,
+    tag,
+    wired,
+)
 
 
 @pytest.fixture(params=["shm", "tcp"])
 def wiring(request: pytest.FixtureRequest) -> Iterator[Wiring]:
     with wired(request.param) as wiring:
         yield wiring
-
-
-def stranger(wiring: Wiring) -> socket.socket:
-    """A connection that has read the challenge and said nothing."""
-    sock = dial(wiring.listener.endpoint, DEADLINE_S, unix=wiring.kind == "shm")
-    while not _readable(sock):
-        wiring.listener.wait(0.01)
-    assert len(sock.recv(CHALLENGE_BYTES)) == CHALLENGE_BYTES
-    return sock
 
 
 def member(wiring: Wiring, shape: LinkShape = SHAPE, descriptors: list[int] | None = None) -> socket.socket:
@@ -59,31 +63,6 @@ def member(wiring: Wiring, shape: LinkShape = SHAPE, descriptors: list[int] | No
         for descriptor in descriptors:
             os.close(descriptor)
     return sock
-
-
-def assert_dropped(wiring: Wiring, sock: socket.socket) -> None:
-    """The listener ends the connection, perhaps after a last word."""
-    sock.settimeout(0.01)
-    deadline = time.monotonic() + DEADLINE_S
-    with sock:
-        while time.monotonic() < deadline:
-            assert wiring.listener.wait(0.01) == []
-            try:
-                if sock.recv(4096) == b"":
-                    return
-            except TimeoutError:
-                continue
-            except ConnectionResetError:
-                return
-    pytest.fail("the connection was not dropped")
-
-
-def assert_serves(wiring: Wiring, replica: int = 9) -> None:
-    link = wiring.link(replica=replica)
-    call = random_call(SHAPE, 2)
-    link.send(tag(replica=replica), call)
-    serve(wiring.calls(1)[0])
-    link.receive(tag(replica=replica), DEADLINE_S)
 
 
 # --- strangers -------------------------------------------------------------------------------------------------------
@@ -152,7 +131,7 @@ def test_silent_strangers_are_dropped_and_delay_nobody(wiring: Wiring, monkeypat
 def test_more_strangers_than_it_keeps_push_out_the_oldest(
     wiring: Wiring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "_MAX_CANDIDATES", 2)
+    monkeypatch.setattr(listener_module, "MAX_CANDIDATES", 2)
     oldest, *others = [stranger(wiring) for _ in range(3)]
     assert_dropped(wiring, oldest)
     for sock in others:
@@ -241,12 +220,6 @@ def memfd(size: int, seals: bool) -> int:
     if not seals:
         os.ftruncate(descriptor, size)
     return descriptor
-
-
-def num_descriptors() -> int:
-    """Open ones, when what earlier tests left to the garbage collector is gone. What follows must not need it."""
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
 
 
 NEEDED = SlotLayout(SHAPE).total_bytes
@@ -382,13 +355,3 @@ def test_a_listener_offers_only_the_doors_it_was_asked_for() -> None:
     assert choose_transport("auto", "other", listener.endpoint) == "tcp"
     listener.close()
     listener.close()
-
-
-def _readable(sock: socket.socket) -> bool:
-    sock.settimeout(0.01)
-    try:
-        return len(sock.recv(CHALLENGE_BYTES, socket.MSG_PEEK)) == CHALLENGE_BYTES
-    except TimeoutError:
-        return False
-    finally:
-        sock.settimeout(DEADLINE_S)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import CallTag, IncomingCall, Link, LinkShape, Listener
-from afd_server.transport.connect import connect
+from afd_server.transport.connect import connect, dial
+from afd_server.transport.handshake import CHALLENGE_BYTES
 from afd_server.transport.inproc import InprocListener
 from afd_server.transport.listener import SocketListener
 
@@ -103,3 +108,53 @@ def serve(call: IncomingCall, factor: float = 2.0) -> None:
 
 def tag(step: int = 1, layer: int = 0, micro_batch: int = 0, replica: int = 0) -> CallTag:
     return CallTag(replica, step, layer, micro_batch)
+
+
+def stranger(wiring: Wiring) -> socket.socket:
+    """A connection that has read the challenge and said nothing."""
+    sock = dial(wiring.listener.endpoint, DEADLINE_S, unix=wiring.kind == "shm")
+    while not _readable(sock):
+        wiring.listener.wait(0.01)
+    assert len(sock.recv(CHALLENGE_BYTES)) == CHALLENGE_BYTES
+    return sock
+
+
+def assert_dropped(wiring: Wiring, sock: socket.socket) -> None:
+    """The listener ends the connection, perhaps after a last word."""
+    sock.settimeout(0.01)
+    deadline = time.monotonic() + DEADLINE_S
+    with sock:
+        while time.monotonic() < deadline:
+            assert wiring.listener.wait(0.01) == []
+            try:
+                if sock.recv(4096) == b"":
+                    return
+            except TimeoutError:
+                continue
+            except ConnectionResetError:
+                return
+    pytest.fail("the connection was not dropped")
+
+
+def assert_serves(wiring: Wiring, replica: int = 9) -> None:
+    link = wiring.link(replica=replica)
+    call = random_call(SHAPE, 2)
+    link.send(tag(replica=replica), call)
+    serve(wiring.calls(1)[0])
+    link.receive(tag(replica=replica), DEADLINE_S)
+
+
+def num_descriptors() -> int:
+    """Open ones, when what earlier tests left to the garbage collector is gone. What follows must not need it."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _readable(sock: socket.socket) -> bool:
+    sock.settimeout(0.01)
+    try:
+        return len(sock.recv(CHALLENGE_BYTES, socket.MSG_PEEK)) == CHALLENGE_BYTES
+    except TimeoutError:
+        return False
+    finally:
+        sock.settimeout(DEADLINE_S)
