@@ -238,6 +238,8 @@ class FFNGroup:
                 continue
             except WorkerDiedError:
                 self._drop(index)
+                if not others:  # whatever ended the link may do so again at once
+                    time.sleep(REDIAL_EVERY_S)
                 continue
             peer.calls.discard(flight.tag)
             return answer
