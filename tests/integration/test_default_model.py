@@ -5,12 +5,14 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import psutil
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from afd_server.checkpoints.default_model import afd_home, default_model
@@ -18,6 +20,7 @@ from tests.server_process import Server
 
 pytestmark = pytest.mark.integration
 
+COMPOSE = Path(__file__).parents[2] / "deploy" / "docker-compose.yaml"
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
 
 
@@ -179,6 +182,17 @@ def test_killed_workers_come_back_and_the_stream_goes_on(server, client, roles):
     assert len(new_pids) == len(pids)
     assert not set(new_pids) & set(pids)
     wait_until(lambda: httpx.get(f"{server.url}/health", timeout=30).status_code, 200)
+
+
+def test_the_containers_command_line_starts_the_same_server():
+    """What docker-compose.yaml runs, on a free port: the default model by its name, on all addresses."""
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    model, *flags = services["afd"]["command"]
+    at = flags.index("--port")
+    with Server(model, *flags[:at], *flags[at + 2 :], "--max-model-len", 512) as server:
+        answer = server.post("/v1/chat/completions", messages=QUESTION, temperature=0, max_tokens=20).json()
+        assert "Paris" in answer["choices"][0]["message"]["content"]
+        assert server.stop() == 0
 
 
 def test_sigterm_lets_the_running_request_finish_and_exits_with_0(directory):
