@@ -4,7 +4,8 @@
 
 Each of the concurrent clients sends one request after the other, streams the answer, and notes when its pieces come.
 TTFT is the time to the first token, TPOT the mean time between a request's later tokens. A request is within the
-promise when its TPOT is. The last line is JSON. Speeds say something only beside another measurement of the same run.
+promise when its TPOT is. The last line is JSON. Speeds say something only beside another measurement of the same run:
+versus.py takes its own with the functions of this file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import httpx
@@ -29,11 +30,28 @@ WORDS = (
 
 
 @dataclass(frozen=True)
+class Load:
+    """What each client does. rounds: requests of a client, one after the other. input_words: about as many tokens.
+
+    tpot_ms: the promise. ignore_eos: ask for it by name; off for servers that refuse a field they do not know.
+    """
+
+    rounds: int = 2
+    input_words: int = 64
+    output_tokens: int = 64
+    tpot_ms: float = 100.0
+    timeout_s: float = 600.0
+    seed: int = 0
+    ignore_eos: bool = True
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One request: seconds, and output tokens."""
+    """One request: seconds, and tokens of the prompt and the output."""
 
     ttft_s: float
     tpot_s: float
+    input_tokens: int
     tokens: int
 
 
@@ -43,6 +61,8 @@ class Result:
 
     concurrency: int
     requests: int
+    input_tokens: int  # of all requests
+    output_tokens: int  # of all requests
     output_tokens_per_s: float
     ttft_p50_ms: float
     ttft_p99_ms: float
@@ -56,15 +76,17 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-async def one_request(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int) -> Sample:
-    """Streams one completion of exactly max_tokens tokens. Raises httpx.HTTPError or RuntimeError."""
+async def one_request(client: httpx.AsyncClient, model: str, prompt: str, load: Load) -> Sample:
+    """Streams one completion of exactly load.output_tokens tokens. Raises httpx.HTTPError or RuntimeError."""
     body = {
-        "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+        "model": model, "prompt": prompt, "max_tokens": load.output_tokens, "temperature": 0,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
+    if load.ignore_eos:
+        body["ignore_eos"] = True
     started = time.perf_counter()
     first = last = 0.0
-    tokens = 0
+    usage: dict[str, int] = {}
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             raise RuntimeError(f"HTTP {response.status_code}: {(await response.aread()).decode()}")
@@ -73,27 +95,29 @@ async def one_request(client: httpx.AsyncClient, model: str, prompt: str, max_to
                 continue
             last = time.perf_counter()
             first = first or last
-            usage = json.loads(line.removeprefix("data: ")).get("usage")
-            tokens = usage["completion_tokens"] if usage else tokens
-    return Sample(first - started, (last - first) / max(1, tokens - 1), tokens)
+            usage = json.loads(line.removeprefix("data: ")).get("usage") or usage
+    if usage.get("completion_tokens") != load.output_tokens:
+        raise RuntimeError(f"asked for {load.output_tokens} tokens, the server's last word is usage {usage}")
+    tpot_s = (last - first) / max(1, load.output_tokens - 1)
+    return Sample(first - started, tpot_s, usage["prompt_tokens"], load.output_tokens)
 
 
 def make_prompt(generator: random.Random, words: int) -> str:
     return " ".join(generator.choice(WORDS) for _ in range(words))
 
 
-async def measure(url: str, key: str | None, concurrency: int, arguments: argparse.Namespace) -> Result:
-    """All requests of one concurrency, each with a prompt of its own."""
-    generator = random.Random(arguments.seed + concurrency)
+async def measure(url: str, key: str | None, concurrency: int, load: Load) -> Result:
+    """All requests of one concurrency, each with a prompt of its own. The same load and concurrency, the same prompts."""
+    generator = random.Random(f"{load.seed} {concurrency}")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     samples: list[Sample] = []
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=arguments.timeout_s) as client:
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=load.timeout_s) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
 
         async def one_client() -> None:
-            for _ in range(arguments.rounds):
-                prompt = make_prompt(generator, arguments.input_words)
-                samples.append(await one_request(client, model, prompt, arguments.output_tokens))
+            for _ in range(load.rounds):
+                prompt = make_prompt(generator, load.input_words)
+                samples.append(await one_request(client, model, prompt, load))
 
         started = time.perf_counter()
         async with asyncio.TaskGroup() as clients:
@@ -105,13 +129,20 @@ async def measure(url: str, key: str | None, concurrency: int, arguments: argpar
     return Result(
         concurrency=concurrency,
         requests=len(samples),
+        input_tokens=sum(sample.input_tokens for sample in samples),
+        output_tokens=sum(sample.tokens for sample in samples),
         output_tokens_per_s=round(sum(sample.tokens for sample in samples) / elapsed_s, 1),
         ttft_p50_ms=round(percentile(ttft_ms, 0.5), 1),
         ttft_p99_ms=round(percentile(ttft_ms, 0.99), 1),
         tpot_p50_ms=round(percentile(tpot_ms, 0.5), 1),
         tpot_p99_ms=round(percentile(tpot_ms, 0.99), 1),
-        within_tpot=round(sum(tpot <= arguments.tpot_ms for tpot in tpot_ms) / len(samples), 3),
+        within_tpot=round(sum(tpot <= load.tpot_ms for tpot in tpot_ms) / len(samples), 3),
     )
+
+
+async def warm_up(url: str, key: str | None, load: Load) -> None:
+    """One request whose prompt is not measured again: the first one pays for first touches."""
+    await measure(url, key, 1, replace(load, rounds=1, seed=load.seed + 1_000_000))
 
 
 def commit() -> str:
@@ -127,22 +158,28 @@ def main() -> int:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--api-key")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=2, help="requests of each client, one after the other")
-    parser.add_argument("--input-words", type=int, default=64, help="words of a prompt, about as many tokens")
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--tpot-ms", type=float, default=100.0, help="the promise: time per output token")
-    parser.add_argument("--timeout-s", type=float, default=600.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--rounds", type=int, default=Load.rounds, help="requests of each client, one after the other"
+    )
+    parser.add_argument(
+        "--input-words", type=int, default=Load.input_words, help="words of a prompt, about as many tokens"
+    )
+    parser.add_argument("--output-tokens", type=int, default=Load.output_tokens)
+    parser.add_argument(
+        "--tpot-ms", type=float, default=Load.tpot_ms, help="the promise: time per output token"
+    )
+    parser.add_argument("--timeout-s", type=float, default=Load.timeout_s)
+    parser.add_argument("--seed", type=int, default=Load.seed)
+    parser.add_argument("--ignore-eos", action=argparse.BooleanOptionalAction, default=Load.ignore_eos)
     arguments = parser.parse_args()
+    load = Load(**{field.name: getattr(arguments, field.name) for field in fields(Load)})
     print(
         f"{'clients':>7} {'tok/s':>8} {'TTFT p50':>9} {'p99':>8} {'TPOT p50':>9} {'p99':>8}   within {arguments.tpot_ms:g} ms"
     )
-    asyncio.run(
-        measure(arguments.url, arguments.api_key, 1, arguments)
-    )  # the first request pays for first touches
+    asyncio.run(warm_up(arguments.url, arguments.api_key, load))
     results = []
     for concurrency in arguments.concurrency:
-        result = asyncio.run(measure(arguments.url, arguments.api_key, concurrency, arguments))
+        result = asyncio.run(measure(arguments.url, arguments.api_key, concurrency, load))
         results.append(asdict(result))
         print(f"{result.concurrency:>7} {result.output_tokens_per_s:>8} {result.ttft_p50_ms:>9} {result.ttft_p99_ms:>8} "
               f"{result.tpot_p50_ms:>9} {result.tpot_p99_ms:>8}   {result.within_tpot:.0%}", flush=True)  # fmt: skip
