@@ -226,6 +226,9 @@ class Admission:
 
     def _logit_bias(self, given: dict[str, float]) -> dict[int, float]:
         bound = self._settings.vocab_size
-        if not all(key.isascii() and key.isdigit() and int(key) < bound for key in given):
+        digits = len(str(bound))  # int() itself refuses thousands of them
+        if not all(
+            key.isascii() and key.isdigit() and len(key) <= digits and int(key) < bound for key in given
+        ):
             raise RequestError(f"logit_bias: its keys are token ids, 0 to {bound - 1}", "logit_bias")
         return {int(key): bias for key, bias in given.items()}

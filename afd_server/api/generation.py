@@ -16,7 +16,7 @@ from afd_server.api.admission import Choice
 from afd_server.api.errors import GenerationFailedError
 from afd_server.api.protocol import GenerationFields
 from afd_server.api.settings import Service
-from afd_server.errors import ServingError, UnavailableError
+from afd_server.errors import UnavailableError
 from afd_server.telemetry.metrics import Metrics
 from afd_server.text.detokenizer import Detokenizer, StopStrings
 from afd_server.text.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ async def run_choice(
             raise GenerationFailedError("the request ended without a reason")
         reason = piece.finish_reason
         yield piece
-    except ServingError:
+    except Exception:
         reason = FinishReason.ERROR.value
         raise
     finally:

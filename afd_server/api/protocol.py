@@ -77,6 +77,16 @@ def _strings(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _biases(value: Any) -> Any:
+    if isinstance(value, dict) and not all(map(_is_bias, value.values())):
+        raise ValueError("its values are numbers from -100 to 100")
+    return value
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -100 <= value <= 100
+
+
 def _content(value: Any) -> Any:
     """A message of text parts is their texts, one to a line."""
     if not isinstance(value, list):
@@ -90,6 +100,8 @@ def _content(value: Any) -> Any:
     return "\n".join(texts)
 
 
+# Of every list, the first mistake is enough: explaining each of a million would hold up the event loop for seconds.
+FIRST = Field(fail_fast=True)
 NotServed = Annotated[Any, AfterValidator(_refuse)]
 Unused = Annotated[Any, Field(description="accepted; changes nothing")]
 StopString = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -102,9 +114,12 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_means_the_default(cls, given: Any) -> Any:
-        """Client libraries send null for what their user has not set."""
+        """Client libraries send null for what their user has not set. Of unknown fields the first is enough to refuse."""
         if not isinstance(given, dict):
             return given
+        unknown = [name for name in given if name not in cls.model_fields]
+        if unknown:
+            return {unknown[0]: given[unknown[0]]}
         optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
         return {name: value for name, value in given.items() if value is not None or name not in optional}
 
@@ -132,10 +147,10 @@ class GenerationFields(Body):
     presence_penalty: Annotated[float, _finite(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, _finite(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, _finite(ge=1e-3, le=1e3)] | None = None
-    logit_bias: dict[StrictStr, Annotated[float, _finite(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[StrictStr, float], BeforeValidator(_biases)] | None = None
 
-    stop: Annotated[list[StopString], BeforeValidator(_strings), Field(max_length=MAX_STOP_STRINGS)] = []
-    stop_token_ids: list[StrictInt] | None = None
+    stop: Annotated[list[StopString], FIRST, BeforeValidator(_strings), Field(max_length=MAX_STOP_STRINGS)] = []
+    stop_token_ids: Annotated[list[StrictInt], FIRST] | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
     ignore_eos: StrictBool = False
     include_stop_str_in_output: StrictBool = False
@@ -204,7 +219,7 @@ class Message(Body):
 
 
 class ChatCompletionRequest(GenerationFields):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FIRST, Field(min_length=1)]
     max_completion_tokens: MaxTokens | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None

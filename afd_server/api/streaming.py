@@ -79,8 +79,11 @@ async def events(
     with_usage = options is not None and options.include_usage
     always = with_usage and options is not None and options.continuous_usage_stats
     opened: set[int] = set()
+    begun = False
 
     def event(chunk: dict[str, Any]) -> bytes:
+        nonlocal begun
+        begun = True
         if with_usage and "usage" not in chunk:  # OpenAI: null in every chunk but the last
             chunk["usage"] = usage.body() if always else None
         return encoded(chunk)
@@ -97,7 +100,7 @@ async def events(
                 if _worth_sending(piece, body):
                     yield event(answer.chunk(piece))
     except Exception as error:
-        if not opened:
+        if not begun:
             raise
         if not isinstance(error, ServingError):
             logger.exception("a stream failed")

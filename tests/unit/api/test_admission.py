@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from afd_server.api.protocol import ChatCompletionRequest, CompletionRequest
 from afd_server.text.chat_template import ChatTemplate
@@ -115,7 +116,7 @@ async def test_prompts_without_a_token_or_with_unknown_ones(prompt):
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
 
 
-@pytest.mark.parametrize("bias", [{"257": 1}, {"x": 1}, {"-1": 1}, {"3": 101}])
+@pytest.mark.parametrize("bias", [{"257": 1}, {"x": 1}, {"-1": 1}, {"3": 101}, {"9" * 5000: 1}, {"3": True}])
 async def test_logit_bias_is_for_tokens_that_exist(bias):
     response = await post(ScriptedService(says("a")), prompt="hi", logit_bias=bias)
     assert (response.status_code, response.json()["error"]["param"].split(".")[0]) == (400, "logit_bias")
@@ -175,3 +176,25 @@ async def test_what_is_no_text_is_refused(body):
         response = await client.post(path, content=body, headers={"content-type": "application/json"})
     assert response.status_code in (400, 404)
     assert response.json()["error"]["message"]
+
+
+MANY = range(100_000)
+
+
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        ({"prompt": "x", "stop_token_ids": ["x" for _ in MANY]}, CompletionRequest),
+        ({"prompt": "x", "stop": [1 for _ in MANY]}, CompletionRequest),
+        ({"prompt": "x", "logit_bias": {str(i): "x" for i in MANY}}, CompletionRequest),
+        ({"prompt": [1.5 for _ in MANY]}, CompletionRequest),
+        ({"prompt": "x", **{f"f{i}": 1 for i in MANY}}, CompletionRequest),
+        ({"messages": [1 for _ in MANY]}, ChatCompletionRequest),
+        ({"messages": [{f"f{i}": 1 for i in MANY}]}, ChatCompletionRequest),
+    ],
+)
+def test_a_body_of_many_mistakes_is_not_explained_one_by_one(body, model):
+    """A body within the size limit can hold millions; each explanation would hold up every stream of the server."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() <= 3

@@ -4,7 +4,7 @@ import pytest
 
 from afd_server.errors import UnavailableError, WorkerDiedError
 from afd_server.types import FinishReason, RequestOutput
-from tests.unit.api.scripted_service import ScriptedService, client_for, events, post, says
+from tests.unit.api.scripted_service import TOKENIZER, ScriptedService, client_for, events, post, says
 
 FAILURES = [
     ([UnavailableError("still starting")], 503, "still starting"),
@@ -35,6 +35,13 @@ async def test_a_failure_within_a_stream_is_its_last_event(script, status, words
     assert response.status_code == 200
     last = response.text.strip().split("\n\n")[-1]
     assert last.startswith('data: {"error":') and words in last and "secret" not in last
+
+
+async def test_a_failure_within_the_first_character_has_its_status():
+    """Tokens have come, but nothing was sent yet."""
+    beginning = RequestOutput("", (TOKENIZER.encode("ö")[0],))
+    response = await post(ScriptedService([beginning, UnavailableError("gone")]), prompt="hi", stream=True)
+    assert response.status_code == 503
 
 
 async def test_one_choice_that_fails_ends_the_others():
@@ -133,17 +140,18 @@ async def test_a_body_that_turns_out_too_large():
 
 
 async def test_metrics_of_requests():
-    service = ScriptedService(says("abc"), says("abc", FinishReason.LENGTH), [UnavailableError("gone")])
+    service = ScriptedService(says("abc"), says("abc", FinishReason.LENGTH), [UnavailableError("gone")],
+                              [RuntimeError("a bug")])  # fmt: skip
     async with client_for(service) as client:
-        for _ in range(3):
+        for _ in range(4):
             await client.post("/v1/completions", json={"prompt": "hi"})
         text = (await client.get("/metrics")).text
     for line in (
-        'afd:prompt_tokens_total{model_name="tiny"} 6.0',
+        'afd:prompt_tokens_total{model_name="tiny"} 8.0',
         'afd:generation_tokens_total{model_name="tiny"} 7.0',
         'afd:request_success_total{finished_reason="stop",model_name="tiny"} 1.0',
         'afd:request_success_total{finished_reason="length",model_name="tiny"} 1.0',
-        'afd:request_success_total{finished_reason="error",model_name="tiny"} 1.0',
+        'afd:request_success_total{finished_reason="error",model_name="tiny"} 2.0',
         'afd:time_to_first_token_seconds_count{model_name="tiny"} 2.0',
         'afd:inter_token_latency_seconds_count{model_name="tiny"} 5.0',
         'afd:time_per_output_token_seconds_count{model_name="tiny"} 2.0',
