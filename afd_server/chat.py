@@ -62,7 +62,7 @@ def run_chat(url: str, model: str | None, api_key: str | None, sampling: Mapping
         url = f"http://{url}"
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     is_terminal = sys.stdin.isatty()
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     try:
         with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=TIMEOUT) as client:
             conversation = Conversation(client, model or first_model(client), sampling)

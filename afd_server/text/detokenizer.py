@@ -43,8 +43,9 @@ class Detokenizer:
 
     def add(self, token_id: int) -> str:
         """The text that this token completes; "" while a character is incomplete."""
-        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
-            return ""  # never held: a stream of ignored end tokens must not grow the window
+        is_skipped = self._skip_special_tokens and self._tokenizer.is_special(token_id)
+        if is_skipped or self._tokenizer.id_to_token(token_id) is None:
+            return ""  # never held: a stream of ignored end tokens, or of ids without one, must not grow the window
         after_added = bool(self._ids) and self._tokenizer.is_added(self._ids[-1])
         self._ids.append(token_id)
         self._num_held += 1

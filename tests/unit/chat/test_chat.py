@@ -50,13 +50,13 @@ def prompts(service):
 
 
 def test_questions_from_a_pipe_are_answered_line_by_line(monkeypatch, capsys):
-    service = ScriptedService(says("Hi [bold]you[/bold] 🌍"), says("Two"))
+    service = ScriptedService(says("Hi [bold]you[/bold] :cat: 🌍", step=99), says("Two"))
     with served(service) as url:
         assert chat(monkeypatch, url, "Hello\n\nAgain") == 0
-    assert capsys.readouterr().out == "Hi [bold]you[/bold] 🌍\nTwo\n"
+    assert capsys.readouterr().out == "Hi [bold]you[/bold] :cat: 🌍\nTwo\n"
     first, second = prompts(service)
     assert first == "<user>Hello<|end|><assistant>"
-    assert second == first + "Hi [bold]you[/bold] 🌍<|end|><user>Again<|end|><assistant>"
+    assert second == first + "Hi [bold]you[/bold] :cat: 🌍<|end|><user>Again<|end|><assistant>"
 
 
 def test_reset_forgets_and_quit_leaves(monkeypatch):

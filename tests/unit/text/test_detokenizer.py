@@ -75,19 +75,19 @@ def test_a_broken_end_is_shown_when_there_is_no_more():
 
 
 def test_the_window_stays_small_whatever_comes():
-    """Broken bytes, and ignored end tokens without text: neither may make later tokens slower."""
+    """Broken bytes, ignored end tokens without text, ids of a padded embedding: none may make later tokens slower."""
     tokenizer = TOKENIZERS["byte-level"]
     broken, end = tokenizer.encode("🌍")[-1], tokenizer.encode("</s>")[0]
     lengths = []
 
     class Watched:
-        is_special, is_added = tokenizer.is_special, tokenizer.is_added
+        is_special, is_added, id_to_token = tokenizer.is_special, tokenizer.is_added, tokenizer.id_to_token
 
         def decode(self, ids, skip_special_tokens):
             lengths.append(len(ids))
             return tokenizer.decode(ids, skip_special_tokens)
 
-    text = "".join(streamed(Watched(), [broken] * 500 + [end] * 500))
+    text = "".join(streamed(Watched(), [broken] * 500 + [end] * 500 + [tokenizer.vocab_size] * 500))
     assert text == REPLACEMENT * 500
     assert max(lengths) <= 32
 
