@@ -57,6 +57,7 @@ def convert(
             config = _write_model(gguf_file, metadata, staging, dtype, sampling or {})
             stage("rebuilding the tokenizer")
             _write_tokenizer(gguf_file, metadata, staging, config)
+    _warn_of_unknown_rule(metadata)
 
 
 def _find_gguf(source: Path) -> Path:
@@ -183,12 +184,16 @@ def _repair_pre_tokenizer(metadata: dict[str, Any], tokenizer: Any) -> None:
 
     if metadata.get("tokenizer.ggml.model") != "gpt2":
         return
-    rule = metadata.get("tokenizer.ggml.pre", "")
-    if rule == "smollm":
+    if metadata.get("tokenizer.ggml.pre") == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    elif rule not in _PLAIN_GPT2:
+
+
+def _warn_of_unknown_rule(metadata: dict[str, Any]) -> None:
+    """Not within `_reading`, which hides what is printed to stderr."""
+    rule = metadata.get("tokenizer.ggml.pre", "")
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and rule not in ("smollm", *_PLAIN_GPT2):
         log.warning("pre-tokenizer %r: taken as transformers rebuilds it, which may cut text differently", rule)
 
 

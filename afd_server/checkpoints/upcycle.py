@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from afd_server.checkpoints.output import check_output, staged_directory
 from afd_server.errors import ConfigError, ModelError
+from afd_server.models.config_file import ConfigFile, read_json_object
+from afd_server.models.families import read_llama
 
 if TYPE_CHECKING:
     import torch
@@ -110,23 +112,16 @@ def _check_options(experts: int, top_k: int, noise: float) -> None:
 
 def _read_config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}; IN must be a Hugging Face directory") from error
-    except ValueError as error:
-        raise ModelError(f"{path}: is not JSON: {error}") from error
+    config = read_json_object(path)
     if config.get("model_type") != "llama":
         raise ModelError(f"{path}: model_type is {config.get('model_type')!r}; only llama can be upcycled")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise ModelError(f"{path}: {key} is set, and a Mixtral has no such bias")
-    if config.get("quantization_config"):
-        raise ModelError(f"{path}: the weights are quantised; upcycle the unquantised model")
-    missing = [key for key in _REQUIRED if key not in config]
-    if missing:
-        raise ModelError(f"{path}: {', '.join(missing)} is missing")
-    return dict(config)
+    known = ConfigFile(_LLAMA_DEFAULTS | config, str(path))
+    read_llama(known)
+    known.refuse_what_was_not_read()  # a key that changes the maths, and that would be lost on the way
+    return config
 
 
 def _mixtral_config(dense: dict[str, Any], experts: int, top_k: int) -> dict[str, Any]:
@@ -161,7 +156,12 @@ def _open_tensors(source: Path, stack: ExitStack) -> dict[str, Any]:
     index = source / "model.safetensors.index.json"
     filenames = ["model.safetensors"]
     if index.is_file():
-        filenames = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or any(
+            Path(str(name)).name != name for name in weight_map.values()
+        ):
+            raise ModelError(f"{index}: weight_map does not name files beside it")
+        filenames = sorted(set(weight_map.values()))
     tensors: dict[str, Any] = {}
     for filename in filenames:
         try:

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from afd_server.checkpoints.convert import convert
+from afd_server.checkpoints.convert import convert, log
 from afd_server.errors import ConfigError, ModelError
 from tests.unit.checkpoints.gguf_file import vocabulary, write_gguf
 
@@ -65,6 +65,14 @@ def test_a_plain_gpt2_rule_is_left_as_it_is(tmp_path):
     tokens = vocabulary()
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert [tokens[i] for i in tokenizer.encode("cd  5").ids] == ["cd", "Ġ", "Ġ", "5"]
+
+
+@pytest.mark.parametrize(("rule", "warned"), [("qwen2", True), ("smollm", False), ("gpt-2", False)])
+def test_an_unknown_rule_is_told_on_the_terminal(tmp_path, monkeypatch, capsys, rule, warned):
+    monkeypatch.setattr(log, "propagate", False)  # as in the command, where nothing has set logging up
+    write_gguf(tmp_path / "tiny.gguf", pre=rule)
+    convert(tmp_path / "tiny.gguf", tmp_path / "out")
+    assert (f"pre-tokenizer '{rule}'" in capsys.readouterr().err) is warned
 
 
 @pytest.mark.parametrize(("end_of_turn", "ids"), [(None, 2), (2, 2), (3, [2, 3])])

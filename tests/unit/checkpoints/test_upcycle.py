@@ -145,6 +145,8 @@ def test_impossible_options_are_refused_by_their_flag(tmp_path, options, flag):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [({"model_type": "qwen2"}, "qwen2"), ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+     ({"logit_scale": 0.5}, "logit_scale"), ({"hidden_size": None}, "hidden_size"),
+     ({"quantization_config": {"bits": 4}}, "quantization_config"),
      ({"num_hidden_layers": 3}, r"model.layers.2.mlp.gate_proj.weight"), ({"intermediate_size": 40}, "shape")],
 )  # fmt: skip
 def test_a_source_that_cannot_become_a_mixtral_is_refused_and_nothing_is_left(tmp_path, changes, said):
@@ -153,6 +155,23 @@ def test_a_source_that_cannot_become_a_mixtral_is_refused_and_nothing_is_left(tm
     with pytest.raises(ModelError, match=said):
         upcycle(dense, tmp_path / "moe")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "{}", '{"weight_map": {"x": 3}}', '{"weight_map": {"x": "../a.safetensors"}}']
+)
+def test_a_damaged_index_is_named(tmp_path, index):
+    dense = save_llama(tmp_path / "dense")
+    (dense / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=r"index\.json"):
+        upcycle(dense, tmp_path / "moe")
+
+
+@pytest.mark.parametrize("config", ["[1]", "{"])
+def test_a_damaged_config_is_named(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        upcycle(tmp_path, tmp_path / "moe")
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
