@@ -7,8 +7,9 @@ A is this project's server with the flags of --a. B is it too, with the flags of
 each: its start command, its environment, and whether it knows ignore_eos. The order is A B A B: each turn starts its
 server afresh, warms it up, puts load.py's load on it and stops it, so that only one is alive at a time. A and B of one
 round get the same prompts, and every round others. Ratios are A / B of one round: output tokens/s, above 1 where A is
-faster. CPU-seconds are those of the server's process and all below it that live to the end of the load, user and system, Ray's own included. The share is
-of the output tokens/s that roofline.py, run first, calls the highest for this load. The last line is JSON.
+faster. CPU-seconds are those of the server's process and all below it that live to the end of the load, user and system,
+Ray's own included. The share is of the output tokens/s that roofline.py, run first, calls the highest for this load. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -205,6 +206,7 @@ def main() -> int:
     arguments = parser.parse_args()
     load = Load(arguments.requests, arguments.input_words, arguments.output_tokens)
     servers = (read_server(OURS, arguments.a), read_server(arguments.peer, arguments.b))
+    measured_commit = commit()  # the tree may move on during a long run
     limits = roofline(arguments.model, arguments.dtype, arguments.concurrency, load)
     print(
         f"{'round':>5} {'clients':>7} {'tok/s':>8} {'TTFT p50':>9} {'p99':>8} {'TPOT p50':>9} {'p99':>8} CPU ms/tok"
@@ -221,7 +223,7 @@ def main() -> int:
               f"({reports[-1]['ratio_min']} to {reports[-1]['ratio_max']}), of the roofline "
               f"A {reports[-1]['a']['share_of_roofline']:.1%}, B {reports[-1]['b']['share_of_roofline']:.1%}")  # fmt: skip
     print(json.dumps({
-        "commit": commit(), "cores": os.cpu_count(), "model": arguments.model, "load": asdict(load),
+        "commit": measured_commit, "cores": os.cpu_count(), "model": arguments.model, "load": asdict(load),
         "a": servers[0].name, "b": servers[1].name, "results": reports,
         "turns": [asdict(turn) for side in turns for turn in side],
         "roofline": {name: limits[name] for name in ("bytes_per_s", "flop_per_s", "highest")},
