@@ -186,9 +186,8 @@ class Admission:
             if given == 0 and not getattr(body, "echo", False):
                 raise RequestError(f"{field}: must be at least 1", field)
             return given
-        recommended = self._settings.default_sampling.get("max_tokens")
-        limits = [limit for limit in (default, recommended) if limit is not None]
-        return min(room, int(limits[0])) if limits else room
+        limits = (room, default, self._settings.default_sampling.get("max_tokens"))
+        return int(min(limit for limit in limits if limit is not None))
 
     def _sampling(
         self, body: GenerationFields, max_tokens: int, number: int, num_logprobs: int | None

@@ -81,6 +81,13 @@ async def test_openais_defaults_and_the_models_own():
     assert service.requests[-1].sampling == SamplingParams(16, seed=1, temperature=0.6, top_k=20, top_p=0.5)
 
 
+@pytest.mark.parametrize(("recommended", "limit"), [(8, 8), (500, 16)])
+async def test_the_models_own_length_only_lowers_the_default(recommended, limit):
+    service = ScriptedService(says("a"))
+    await post(service, prompt="hi", settings={"default_sampling": {"max_tokens": recommended}})
+    assert service.requests[0].sampling.max_tokens == limit
+
+
 @pytest.mark.parametrize("length", [64, 65])
 async def test_a_prompt_that_leaves_no_room(length):
     response = await post(ScriptedService(says("a")), prompt="x" * length)

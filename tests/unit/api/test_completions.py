@@ -1,6 +1,8 @@
+import asyncio
+
 import pytest
 
-from afd_server.types import FinishReason
+from afd_server.types import FinishReason, RequestOutput
 from tests.unit.api.scripted_service import EOS, TOKENIZER, ScriptedService, events, openai_client, post, says
 
 
@@ -193,3 +195,31 @@ async def test_echo_alone_asks_nothing_of_the_machine():
     answer = (await post(service, prompt="hi", echo=True, max_tokens=0)).json()
     assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("hi", "length")
     assert answer["usage"]["completion_tokens"] == 0 and service.requests == []
+
+
+async def test_choices_stand_in_order_whichever_ends_first():
+    release = asyncio.Event()
+    service = ScriptedService([release, *says("slow")], says("fast"))
+    answer = asyncio.create_task(post(service, prompt="hi", n=2))
+    async with asyncio.timeout(10):
+        while not service.closed:
+            await asyncio.sleep(0)
+    release.set()
+    assert [choice["text"] for choice in (await answer).json()["choices"]] == ["slow", "fast"]
+
+
+async def test_cached_tokens_count_once_for_all_choices_of_a_prompt():
+    service = ScriptedService(says("x", cached_tokens=1), says("x", cached_tokens=2))
+    usage = (await post(service, prompt=["hi", "ho"], n=2)).json()["usage"]
+    assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (4, {"cached_tokens": 2})
+
+
+@pytest.mark.parametrize(("ignore_eos", "stop_reason"), [(False, None), (True, EOS)])
+async def test_the_end_token_is_a_stop_reason_only_as_one_of_the_clients(ignore_eos, stop_reason):
+    response = await post(ScriptedService(says("x")), prompt="hi", stop_token_ids=[EOS], ignore_eos=ignore_eos)
+    assert response.json()["choices"][0]["stop_reason"] == stop_reason
+
+
+async def test_a_character_that_was_cut_off_shows_at_the_end():
+    half = RequestOutput("", (TOKENIZER.encode("ö")[0],), (), FinishReason.LENGTH)
+    assert (await post(ScriptedService([half]), prompt="hi")).json()["choices"][0]["text"] == "\ufffd"

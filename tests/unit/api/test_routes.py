@@ -103,7 +103,10 @@ async def test_every_refusal_has_openais_body(method, path, content, headers, st
     assert words in error["message"] and set(error) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("given", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "right"}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "right"}, {"Authorization": "Basic right"}],
+)
 async def test_without_the_key(given):
     async with client_for(ScriptedService(says("a")), api_key="right") as client:
         response = await client.post("/v1/completions", json={"prompt": "hi"}, headers=given)
@@ -140,7 +143,7 @@ async def test_a_body_that_turns_out_too_large():
 
 
 async def test_metrics_of_requests():
-    service = ScriptedService(says("abc"), says("abc", FinishReason.LENGTH), [UnavailableError("gone")],
+    service = ScriptedService(says("abc"), says("abc", FinishReason.LENGTH, step=2), [UnavailableError("gone")],
                               [RuntimeError("a bug")])  # fmt: skip
     async with client_for(service) as client:
         for _ in range(4):
@@ -153,7 +156,7 @@ async def test_metrics_of_requests():
         'afd:request_success_total{finished_reason="length",model_name="tiny"} 1.0',
         'afd:request_success_total{finished_reason="error",model_name="tiny"} 2.0',
         'afd:time_to_first_token_seconds_count{model_name="tiny"} 2.0',
-        'afd:inter_token_latency_seconds_count{model_name="tiny"} 5.0',
+        'afd:inter_token_latency_seconds_count{model_name="tiny"} 4.0',
         'afd:time_per_output_token_seconds_count{model_name="tiny"} 2.0',
         'afd:e2e_request_latency_seconds_count{model_name="tiny"} 2.0',
     ):
