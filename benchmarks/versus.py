@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -206,6 +207,7 @@ def main() -> int:
     arguments = parser.parse_args()
     load = Load(arguments.requests, arguments.input_words, arguments.output_tokens)
     servers = (read_server(OURS, arguments.a), read_server(arguments.peer, arguments.b))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the running server is stopped too
     measured_commit = commit()  # the tree may move on during a long run
     limits = roofline(arguments.model, arguments.dtype, arguments.concurrency, load)
     print(
