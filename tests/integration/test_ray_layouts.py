@@ -16,6 +16,8 @@ LAYOUTS = {
     "2A2F ep, tcp, 2 micro-batches": [
         "--attention-workers", 2, "--ffn-workers", 2, "--transport", "tcp", "--micro-batches", 2],
     "1A4F 2x2, 3 micro-batches": ["--ffn-workers", 4, "--ffn-parallel", "2x2", "--micro-batches", 3],
+    "1A4F ep": ["--ffn-workers", 4],
+    "1A2F tp, tcp": ["--ffn-workers", 2, "--ffn-parallel", "tp", "--transport", "tcp"],
     "2A1F, router on the FFN side": ["--attention-workers", 2, "--gate-on", "ffn", "--micro-batches", 1],
 }  # fmt: skip
 

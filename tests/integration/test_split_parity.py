@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from afd_server.config import ServeConfig
 from afd_server.llm import LLM
+from afd_server.models.checkpoint import load_attention_half, load_ffn_half
 from afd_server.models.families import read_model_spec
+from afd_server.models.halves import FFNShard, WholeModel
 from afd_server.router.router import Router
 from afd_server.types import GenerationRequest, SamplingParams
 from tests.checkpoints import write_checkpoint, write_tokenizer
@@ -84,6 +86,25 @@ def assert_same_as_transformers(directory, prompts, results, tolerance=2e-4):
 def test_every_family_as_it_is_served(checkpoints, prompts, family):
     directory = checkpoints(family)
     assert_same_as_transformers(directory, prompts, run(directory, prompts))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_step3_in_every_layout(checkpoints, prompts, layout):
+    """transformers has no Step-3: the whole model stands for it, which a float64 oracle holds in tests/unit/models."""
+    directory = checkpoints("step3")
+    spec = read_model_spec(directory)
+    settings = {"device": torch.device("cpu"), "dtype": torch.float32, "gate_on": "attention"}
+    whole = WholeModel(
+        load_attention_half(directory, spec, **settings),
+        [load_ffn_half(directory, spec, FFNShard(), **settings)],
+    )
+    results = run(directory, prompts, transport="shm", micro_batches="2", **LAYOUTS[layout])
+    for prompt, outputs in zip(prompts, results, strict=True):
+        tokens = [token_id for output in outputs for token_id in output.token_ids]
+        expected = whole.logits(prompt + tokens[:-1])[len(prompt) - 1 :].log_softmax(-1)
+        reported = [entry.logprob for output in outputs for entry in output.logprobs]
+        torch.testing.assert_close(torch.tensor(reported), expected.amax(-1), atol=2e-4, rtol=0)
+        assert len(tokens) == NUM_TOKENS
 
 
 @pytest.mark.parametrize("micro_batches", ["1", "2", "3", "auto"])
