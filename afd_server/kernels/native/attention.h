@@ -1,0 +1,221 @@
+// Attention over the paged cache, read in place: decoding rows and the rows of prompt chunks alike.
+//
+// A unit of work is up to BLOCK_ROWS query heads, of one request, that share a key head. It walks over the request's entries
+// in tiles of TILE_TOKENS from the first one on, with a running maximum and sum (online softmax, arXiv 1805.02867). Tiles
+// begin at the same tokens for every row, so that a row's result does not depend on how its prompt was cut.
+#pragma once
+
+#include <vector>
+
+#include "rows.h"
+
+namespace afd {
+
+constexpr int BLOCK_ROWS = 16;
+constexpr int TILE_TOKENS = 32;
+constexpr int GROUP = 4;  // rows x tokens, or rows x vectors, of an innermost loop: 16 sums in registers
+
+// Where keys and values lie in the cache, in elements. An entry (a token) holds all of its heads.
+struct CacheLayout {
+    long block_tokens, block_stride, token_stride;
+    long key_offset, key_stride;      // of a key head within an entry, and between key heads
+    long value_offset, value_stride;  // likewise
+};
+
+// The requests of a batch: request r has rows row_starts[r] to row_starts[r + 1] - 1, its last tokens; lengths[r] tokens are
+// in the cache, these among them, in the blocks that tables[r * max_blocks ...] names.
+struct Requests {
+    long count;
+    const int32_t *row_starts, *lengths, *tables;
+    long max_blocks;
+};
+
+struct Unit {
+    int request, key_head, first;  // first: of the request's (row, query head) pairs that share the key head
+};
+
+template <class Element>
+class PagedAttention {
+public:
+    const float* queries;  // [rows, num_heads, key_dim], rows query_stride floats apart
+    long query_stride, num_heads, num_key_heads, key_dim, value_dim;
+    const Element* cache;
+    CacheLayout layout;
+    Requests requests;
+    float scale;
+    float* out;  // [rows, num_heads, value_dim]
+
+    void run_on(int max_threads) {
+        static thread_local std::vector<Unit> units_of_thread;
+        std::vector<Unit>& units = units_of_thread;
+        units.clear();
+        const int shared_by = int(num_heads / num_key_heads);
+        long work = 0;
+        for (int request = 0; request < requests.count; request++) {
+            const int rows = requests.row_starts[request + 1] - requests.row_starts[request];
+            for (int head = 0; head < num_key_heads; head++)
+                for (int first = 0; first < rows * shared_by; first += BLOCK_ROWS) units.push_back({request, head, first});
+            work += long(requests.lengths[request]) * rows * num_heads * key_dim;
+        }
+        std::atomic<size_t> next{units.size()};  // the last rows of a chunk have most to do: they go first
+        const int threads = int(std::min<long>(threads_for(work, max_threads), long(units.size())));
+        run(threads, [&](int, int) {
+            for (size_t left; (left = next.fetch_sub(1, std::memory_order_relaxed)) > 0 && left <= units.size();)
+                attend(units[left - 1]);
+        });
+    }
+
+private:
+    struct Workspace {
+        Scratch queries, sums, converted;
+    };
+
+    void attend(const Unit& unit) const {
+        static thread_local Workspace workspace;
+        const int shared_by = int(num_heads / num_key_heads);
+        const int first_row = requests.row_starts[unit.request];
+        const int num_rows = requests.row_starts[unit.request + 1] - first_row;
+        const int pairs = std::min(BLOCK_ROWS, num_rows * shared_by - unit.first);
+        const long key_width = rounded_up(key_dim), value_width = rounded_up(value_dim);
+        float* scaled = workspace.queries.template get<float>(BLOCK_ROWS * key_width);
+        float* sums = workspace.sums.template get<float>(BLOCK_ROWS * value_width);
+        std::memset(scaled, 0, BLOCK_ROWS * key_width * sizeof(float));
+        std::memset(sums, 0, BLOCK_ROWS * value_width * sizeof(float));
+        int visible[BLOCK_ROWS] = {};
+        float highest[BLOCK_ROWS], totals[BLOCK_ROWS] = {};
+        for (int i = 0; i < pairs; i++) {
+            const int row = (unit.first + i) / shared_by, head = unit.key_head * shared_by + (unit.first + i) % shared_by;
+            const float* query = queries + (first_row + row) * query_stride + head * key_dim;
+            for (long d = 0; d < key_dim; d++) scaled[i * key_width + d] = query[d] * scale;
+            visible[i] = requests.lengths[unit.request] - num_rows + row + 1;
+            highest[i] = -INFINITY;
+        }
+        const int most = visible[pairs - 1];
+        for (int first = 0; first < most; first += TILE_TOKENS) {
+            const float *keys[TILE_TOKENS], *values[TILE_TOKENS];
+            const int tokens = std::min(TILE_TOKENS, most - first);
+            find_tokens(unit, first, tokens, workspace, keys, values);
+            float scores[BLOCK_ROWS][TILE_TOKENS];
+            score(scaled, key_width, pairs, keys, tokens, scores);
+            for (int i = 0; i < pairs; i++)
+                soften(scores[i], std::min(tokens, visible[i] - first), highest[i], totals[i], sums + i * value_width);
+            add_values(scores, pairs, values, tokens, sums, value_width);
+        }
+        for (int i = 0; i < pairs; i++) {
+            const int row = (unit.first + i) / shared_by, head = unit.key_head * shared_by + (unit.first + i) % shared_by;
+            float* to = out + ((first_row + row) * num_heads + head) * value_dim;
+            for (long d = 0; d < value_dim; d++) to[d] = sums[i * value_width + d] / totals[i];
+        }
+    }
+
+    static long rounded_up(long dim) { return (dim + LANES - 1) / LANES * LANES; }
+
+    // Pointers to a tile's keys and values as floats: into the cache itself where it holds floats of whole vectors.
+    void find_tokens(const Unit& unit, int first, int tokens, Workspace& workspace, const float** keys,
+                     const float** values) const {
+        const int32_t* table = requests.tables + unit.request * requests.max_blocks;
+        const bool in_place = sizeof(Element) == sizeof(float) && key_dim % LANES == 0 && value_dim % LANES == 0;
+        const long key_width = rounded_up(key_dim), value_width = rounded_up(value_dim);
+        float* copy = in_place ? nullptr : workspace.converted.template get<float>(TILE_TOKENS * (key_width + value_width));
+        for (int j = 0; j < tokens; j++) {
+            const int token = first + j;
+            const Element* entry = cache + table[token / layout.block_tokens] * layout.block_stride +
+                                   token % layout.block_tokens * layout.token_stride;
+            const Element* key = entry + layout.key_offset + unit.key_head * layout.key_stride;
+            const Element* value = entry + layout.value_offset + unit.key_head * layout.value_stride;
+            if (in_place) {
+                keys[j] = reinterpret_cast<const float*>(key);
+                values[j] = reinterpret_cast<const float*>(value);
+                continue;
+            }
+            float* own = copy + j * (key_width + value_width);
+            keys[j] = own;
+            values[j] = own + key_width;
+            convert(key, key_dim, key_width, own);
+            convert(value, value_dim, value_width, own + key_width);
+        }
+        for (int j = tokens; j < TILE_TOKENS; j++) keys[j] = keys[0], values[j] = values[0];  // computed, and not used
+    }
+
+    static void convert(const Element* from, long dim, long width, float* to) {
+        long d = 0;
+        for (; d + LANES <= dim; d += LANES) store(to + d, load(from + d));
+        for (; d < width; d++) to[d] = d < dim ? to_float(from[d]) : 0;
+    }
+
+    static void score(const float* scaled, long width, int pairs, const float* const* keys, int tokens,
+                      float (*scores)[TILE_TOKENS]) {
+        for (int i = 0; i < pairs; i += GROUP)
+            for (int j = 0; j < tokens; j += GROUP) {
+                vec sums[GROUP][GROUP] = {};
+                for (long d = 0; d < width; d += LANES) {
+                    vec key[GROUP];
+#pragma GCC unroll 4
+                    for (int b = 0; b < GROUP; b++) key[b] = load(keys[j + b] + d);
+#pragma GCC unroll 4
+                    for (int a = 0; a < GROUP; a++) {
+                        const vec query = load(scaled + (i + a) * width + d);
+#pragma GCC unroll 4
+                        for (int b = 0; b < GROUP; b++) sums[a][b] += query * key[b];
+                    }
+                }
+                for (int a = 0; a < GROUP; a++)
+                    for (int b = 0; b < GROUP; b++) scores[i + a][j + b] = sum_of_lanes(sums[a][b]);
+            }
+    }
+
+    // Scores become weights relative to the running maximum, 0 from `seen` on; what was summed so far is scaled to it.
+    void soften(float* scores, int seen, float& highest, float& total, float* sums) const {
+        if (seen <= 0) {
+            std::memset(scores, 0, TILE_TOKENS * sizeof(float));
+            return;
+        }
+        for (int j = seen; j < TILE_TOKENS; j++) scores[j] = -INFINITY;
+        const float now = std::max(highest, *std::max_element(scores, scores + seen));
+        if (now != highest) {
+            float shrink[LANES];
+            store(shrink, exponential(broadcast(highest - now)));
+            for (long d = 0; d < rounded_up(value_dim); d += LANES) store(sums + d, load(sums + d) * broadcast(shrink[0]));
+            total *= shrink[0];
+            highest = now;
+        }
+        for (int j = 0; j < TILE_TOKENS; j += LANES) {
+            const vec weights = exponential(load(scores + j) - broadcast(now));
+            store(scores + j, weights);
+            total += sum_of_lanes(weights);
+        }
+    }
+
+    static void add_values(const float (*scores)[TILE_TOKENS], int pairs, const float* const* values, int tokens,
+                           float* sums, long width) {
+        for (int i = 0; i < pairs; i += GROUP)
+            for (long first = 0; first < width; first += GROUP * LANES) {
+                if (first + GROUP * LANES <= width)
+                    add_value_vectors<GROUP>(scores + i, values, tokens, sums + i * width, width, first);
+                else
+                    for (long d = first; d < width; d += LANES)
+                        add_value_vectors<1>(scores + i, values, tokens, sums + i * width, width, d);
+            }
+    }
+
+    template <int VECTORS>
+    static void add_value_vectors(const float (*scores)[TILE_TOKENS], const float* const* values, int tokens, float* sums,
+                                  long width, long first) {
+        vec totals[GROUP][VECTORS];
+        for (int a = 0; a < GROUP; a++)
+            for (int b = 0; b < VECTORS; b++) totals[a][b] = load(sums + a * width + first + b * LANES);
+        for (int j = 0; j < tokens; j++) {
+            vec value[VECTORS];
+#pragma GCC unroll 4
+            for (int b = 0; b < VECTORS; b++) value[b] = load(values[j] + first + b * LANES);
+#pragma GCC unroll 4
+            for (int a = 0; a < GROUP; a++)
+#pragma GCC unroll 4
+                for (int b = 0; b < VECTORS; b++) totals[a][b] += broadcast(scores[a][j]) * value[b];
+        }
+        for (int a = 0; a < GROUP; a++)
+            for (int b = 0; b < VECTORS; b++) store(sums + a * width + first + b * LANES, totals[a][b]);
+    }
+};
+
+}  // namespace afd

@@ -1,0 +1,243 @@
+// y = x W^T for a weight matrix that was packed once, and few or many rows of x.
+//
+// Packing. W is [N, K]; its rows are cut into panels of PANEL = 2 vectors, and a panel stores its K columns one after the
+// other: a product reads weights in one sequential stream, exactly once for up to MAX_ROWS rows of x, which bounds it by
+// the memory's bandwidth there. Rows of x are packed alike, into blocks of at most MAX_ROWS rows.
+//
+// A format says how weights are stored: Float32, BFloat16 (both computed in float32) and Int8 (one scale per row of W,
+// activations rounded to 8 bits per row of x, sums exact in int32).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "threads.h"
+#include "vector.h"
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+namespace afd {
+
+constexpr int PANEL = 2 * LANES;
+
+inline long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
+
+// A tile: `rows` rows of x times one panel, [rows][PANEL] floats.
+typedef float Tile[MAX_ROWS][PANEL];
+
+template <class Element>
+struct Floating {
+    static size_t panel_bytes(long k) { return size_t(k) * PANEL * sizeof(Element); }
+    static size_t block_bytes(int rows, long k) { return size_t(rows) * k * sizeof(float); }
+
+    // rows_of_panel: PANEL pointers to rows of W, null where the panel is wider than the matrix.
+    static void pack_panel(const float* const* rows_of_panel, long k, char* to) {
+        Element* out = reinterpret_cast<Element*>(to);
+        for (int column = 0; column < PANEL; column++)
+            for (long i = 0; i < k; i++)
+                assign(out[i * PANEL + column], rows_of_panel[column] ? rows_of_panel[column][i] : 0.0f);
+    }
+
+    static void pack_block(const float* const* rows_of_x, int rows, long k, char* to) {
+        float* out = reinterpret_cast<float*>(to);
+        if (rows == 1) {
+            std::memcpy(out, rows_of_x[0], k * sizeof(float));
+            return;
+        }
+        for (long i = 0; i < k; i++)
+            for (int row = 0; row < rows; row++) out[i * rows + row] = rows_of_x[row][i];
+    }
+
+    template <int ROWS>
+    static void tile(const char* panel, const char* block, long k, Tile& result) {
+        const Element* w = reinterpret_cast<const Element*>(panel);
+        const float* x = reinterpret_cast<const float*>(block);
+        vec sums[ROWS][2] = {};
+        for (long i = 0; i < k; i++) {
+            const vec w0 = load(w), w1 = load(w + LANES);
+            __builtin_prefetch(reinterpret_cast<const char*>(w) + PREFETCH_BYTES);
+            if (sizeof(Element) * PANEL > 64) __builtin_prefetch(reinterpret_cast<const char*>(w) + PREFETCH_BYTES + 64);
+            w += PANEL;
+#pragma GCC unroll 12
+            for (int row = 0; row < ROWS; row++) {
+                sums[row][0] += broadcast(x[row]) * w0;
+                sums[row][1] += broadcast(x[row]) * w1;
+            }
+            x += ROWS;
+        }
+        for (int row = 0; row < ROWS; row++) {
+            store(result[row], sums[row][0]);
+            store(result[row] + LANES, sums[row][1]);
+        }
+    }
+
+private:
+    static constexpr int PREFETCH_BYTES = 8192;  // ahead: the hardware's own prefetcher stops at the end of a page
+};
+
+using Float32 = Floating<float>;
+using BFloat16 = Floating<bfloat16>;
+
+// A panel: scales [PANEL] float, sums of its rows [PANEL] int32, then for every 4 columns of W [PANEL][4] int8.
+// A block: scales [rows] float, then for every 4 columns [rows][4] uint8: a value plus 128, as the instruction wants it.
+struct Int8 {
+    static long quads(long k) { return (k + 3) / 4; }
+    static size_t panel_bytes(long k) { return size_t(PANEL) * 8 + size_t(quads(k)) * PANEL * 4; }
+    static size_t block_bytes(int rows, long k) { return size_t(rows) * 4 + size_t(rows) * quads(k) * 4; }
+
+    static float scale_of(const float* row, long k) {
+        float largest = 0;
+        for (long i = 0; i < k; i++) largest = std::max(largest, std::fabs(row[i]));
+        return largest / 127;
+    }
+
+    static int rounded(float value, float inverse) {
+        return std::max(-127, std::min(127, int(std::lrintf(value * inverse))));
+    }
+
+    static void pack_panel(const float* const* rows_of_panel, long k, char* to) {
+        float* scales = reinterpret_cast<float*>(to);
+        int32_t* sums = reinterpret_cast<int32_t*>(to) + PANEL;
+        int8_t* out = reinterpret_cast<int8_t*>(to + PANEL * 8);
+        std::memset(out, 0, quads(k) * PANEL * 4);
+        for (int column = 0; column < PANEL; column++) {
+            scales[column] = 0;
+            sums[column] = 0;
+            const float* row = rows_of_panel[column];
+            if (!row) continue;
+            scales[column] = scale_of(row, k);
+            const float inverse = scales[column] > 0 ? 1 / scales[column] : 0;
+            for (long i = 0; i < k; i++) {
+                const int value = rounded(row[i], inverse);
+                out[(i / 4 * PANEL + column) * 4 + i % 4] = int8_t(value);
+                sums[column] += value;
+            }
+        }
+    }
+
+    static void pack_block(const float* const* rows_of_x, int rows, long k, char* to) {
+        float* scales = reinterpret_cast<float*>(to);
+        uint8_t* out = reinterpret_cast<uint8_t*>(to + size_t(rows) * 4);
+        std::memset(out, 128, size_t(rows) * quads(k) * 4);
+        for (int row = 0; row < rows; row++) {
+            scales[row] = scale_of(rows_of_x[row], k);
+            const float inverse = scales[row] > 0 ? 1 / scales[row] : 0;
+            for (long i = 0; i < k; i++)
+                out[(i / 4 * rows + row) * 4 + i % 4] = uint8_t(rounded(rows_of_x[row][i], inverse) + 128);
+        }
+    }
+
+    template <int ROWS>
+    static void tile(const char* panel, const char* block, long k, Tile& result) {
+        const float* w_scales = reinterpret_cast<const float*>(panel);
+        const int32_t* w_sums = reinterpret_cast<const int32_t*>(panel) + PANEL;
+        const int32_t* w = reinterpret_cast<const int32_t*>(panel + PANEL * 8);
+        const float* x_scales = reinterpret_cast<const float*>(block);
+        const int32_t* x = reinterpret_cast<const int32_t*>(block) + ROWS;
+        ivec sums[ROWS][2] = {};
+        for (long quad = 0; quad < quads(k); quad++) {
+            const ivec w0 = *reinterpret_cast<const ivec*>(w), w1 = *reinterpret_cast<const ivec*>(w + LANES);
+            __builtin_prefetch(reinterpret_cast<const char*>(w) + 4096);
+            __builtin_prefetch(reinterpret_cast<const char*>(w) + 4096 + 64);
+            w += PANEL;
+#pragma GCC unroll 12
+            for (int row = 0; row < ROWS; row++) {
+                sums[row][0] = multiply_add(sums[row][0], x[row], w0);
+                sums[row][1] = multiply_add(sums[row][1], x[row], w1);
+            }
+            x += ROWS;
+        }
+        for (int row = 0; row < ROWS; row++)
+            for (int half = 0; half < 2; half++) {
+                const ivec exact = sums[row][half] - 128 * *reinterpret_cast<const ivec*>(w_sums + half * LANES);
+                store(result[row] + half * LANES, __builtin_convertvector(exact, vec) * broadcast(x_scales[row]) *
+                                                      load(w_scales + half * LANES));
+            }
+    }
+
+private:
+    // Adds to each lane the products of its 4 signed bytes of w with the 4 unsigned bytes of x.
+    static ivec multiply_add(ivec sum, int32_t x, ivec w) {
+#if defined(__AVX512VNNI__)
+        return reinterpret_cast<ivec>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), _mm512_set1_epi32(x),
+                                                          reinterpret_cast<__m512i>(w)));
+#else
+        for (int byte = 0; byte < 4; byte++)
+            sum += ((w << (24 - 8 * byte)) >> 24) * (ivec{} + int32_t(uint32_t(x) >> (8 * byte) & 255));
+        return sum;
+#endif
+    }
+};
+
+typedef void (*TileFunction)(const char* panel, const char* block, long k, Tile& result);
+
+// The tile function for 1 to MAX_ROWS rows.
+template <class Format, int... ROWS>
+TileFunction tile_function_of(int rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr TileFunction functions[] = {Format::template tile<ROWS + 1>...};
+    return functions[rows - 1];
+}
+
+template <class Format>
+TileFunction tile_function(int rows) {
+    return tile_function_of<Format>(rows, std::make_integer_sequence<int, MAX_ROWS>{});
+}
+
+// Panels of a packed matrix of n rows. interleaved: as `pack` says.
+inline long panels_of(long n, bool interleaved) { return interleaved ? (n / 2 + LANES - 1) / LANES : panels_of(n); }
+
+// Packs W [n, k]. interleaved: W is the gate's rows, then the up's; a panel takes
+// LANES of each, so that a tile holds a gate beside its up (experts.h).
+template <class Format>
+void pack(const float* w, long n, long k, char* to, bool interleaved) {
+    const long half = n / 2, panels = panels_of(n, interleaved);
+#pragma omp parallel for schedule(static)
+    for (long panel = 0; panel < panels; panel++) {
+        const float* rows[PANEL];
+        for (int column = 0; column < PANEL; column++) {
+            const long within = panel * LANES + column % LANES;
+            const long row = !interleaved ? panel * PANEL + column : within + (column < LANES ? 0 : half);
+            const bool exists = interleaved ? within < half : row < n;
+            rows[column] = exists ? w + row * k : nullptr;
+        }
+        Format::pack_panel(rows, k, to + panel * Format::panel_bytes(k));
+    }
+}
+
+// y [m, n] = x [m, k] W^T + bias, rows of x and y `*_stride` floats apart. bias: [n] or null.
+template <class Format>
+void linear(const float* x, long x_stride, long m, long k, const char* w, const float* bias, long n, float* y,
+            long y_stride, int max_threads) {
+    static thread_local Scratch scratch;
+    const long blocks = (m + MAX_ROWS - 1) / MAX_ROWS, panels = panels_of(n);
+    const size_t block_stride = Format::block_bytes(MAX_ROWS, k);
+    char* packed_x = scratch.get<char>(blocks * block_stride);
+    Barrier barrier;
+    run(int(std::min<long>(max_threads, panels)), [&](int thread, int threads) {
+        const Part my_blocks(blocks, thread, threads), my_panels(panels, thread, threads);
+        for (long block = my_blocks.first; block < my_blocks.last; block++) {
+            const float* rows[MAX_ROWS];
+            const int count = int(std::min<long>(MAX_ROWS, m - block * MAX_ROWS));
+            for (int row = 0; row < count; row++) rows[row] = x + (block * MAX_ROWS + row) * x_stride;
+            Format::pack_block(rows, count, k, packed_x + block * block_stride);
+        }
+        barrier.wait(threads);
+        for (long panel = my_panels.first; panel < my_panels.last; panel++)
+            for (long block = 0; block < blocks; block++) {
+                const int count = int(std::min<long>(MAX_ROWS, m - block * MAX_ROWS));
+                const int width = int(std::min<long>(PANEL, n - panel * PANEL));
+                Tile tile;
+                tile_function<Format>(count)(w + panel * Format::panel_bytes(k), packed_x + block * block_stride, k, tile);
+                for (int row = 0; row < count; row++) {
+                    float* out = y + (block * MAX_ROWS + row) * y_stride + panel * PANEL;
+                    if (bias)
+                        for (int column = 0; column < width; column++) tile[row][column] += bias[panel * PANEL + column];
+                    std::memcpy(out, tile[row], width * sizeof(float));
+                }
+            }
+    });
+}
+
+}  // namespace afd
