@@ -52,8 +52,5 @@ def paged_attention(
 def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> ctypes.Array[ctypes.c_long]:
     """CacheLayout of native/attention.h, in elements."""
     block_stride, token_stride = strides[:2]
-    if len(shape) == 5:
-        heads = (0, strides[3], strides[2], strides[3])
-    else:
-        heads = (0, 0, 0, 0)
+    heads = (0, strides[3], strides[2], strides[3]) if len(shape) == 5 else (0, 0, 0, 0)
     return (ctypes.c_long * 7)(shape[1], block_stride, token_stride, *heads)

@@ -49,13 +49,10 @@ def run_experts(
     first_expert: int,
     num_experts: int,
     out: Tensor | None = None,
-    add: bool = False,
     instruction_set: str | None = None,
 ) -> Tensor:
     """[T, H] float32: the weighted sum over each row's experts; those outside first_expert to first_expert + num_experts - 1
     are passed over. x, out: float32, contiguous. topk_ids [T, K] int32, topk_weights [T, K] float32, contiguous.
-
-    add: the sum is added to what out holds.
     """
     rows, hidden = x_TH.shape
     y_TH = torch.empty(rows, hidden) if out is None else out
@@ -70,7 +67,7 @@ def run_experts(
         library(instruction_set).afd_experts(
             FORMAT_CODES[experts.down.format], x_TH.data_ptr(), rows, hidden, experts.down.k,
             experts.gate_up.memory.data_ptr(), experts.down.memory.data_ptr(), topk_ids.data_ptr(),
-            topk_weights.data_ptr(), topk_ids.shape[1], first_expert, num_experts, y_TH.data_ptr(), add,
+            topk_weights.data_ptr(), topk_ids.shape[1], first_expert, num_experts, y_TH.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
     return y_TH

@@ -41,7 +41,7 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
     "afd_pack": (LONG, POINTER, LONG, LONG, LONG, POINTER),
     "afd_linear": (LONG, POINTER, LONG, LONG, LONG, POINTER, POINTER, LONG, POINTER, LONG, LONG),
     "afd_experts": (
-        LONG, POINTER, LONG, LONG, LONG, POINTER, POINTER, POINTER, POINTER, LONG, LONG, LONG, POINTER, LONG, LONG,
+        LONG, POINTER, LONG, LONG, LONG, POINTER, POINTER, POINTER, POINTER, LONG, LONG, LONG, POINTER, LONG,
     ),
     "afd_add_rms_norm": (POINTER, POINTER, POINTER, FLOAT, POINTER, LONG, LONG, LONG),
     "afd_rotate_and_write": (

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from afd_server.models.batch import AttentionBatch
-from afd_server.models.norm import rms_norm
-from afd_server.models.paged_attention import paged_attention, write_entries
+from afd_server.models.operations import Operations
 from afd_server.models.rope import RopeTable
 from afd_server.models.spec import GQASpec
 
@@ -21,35 +18,25 @@ from afd_server.models.spec import GQASpec
 class GQAttention:
     """One layer's attention. weights: slot -> tensor, as tensors.py lists them; q, k and v become one matrix."""
 
-    def __init__(self, spec: GQASpec, weights: Mapping[str, Tensor], rms_norm_eps: float) -> None:
+    def __init__(
+        self, spec: GQASpec, weights: Mapping[str, Tensor], rms_norm_eps: float, operations: Operations
+    ) -> None:
         self._spec = spec
         self._eps = rms_norm_eps
-        self._qkv = torch.cat([weights["q"], weights["k"], weights["v"]])
-        self._qkv_bias = (
-            torch.cat([weights["q_bias"], weights["k_bias"], weights["v_bias"]]) if spec.qkv_bias else None
-        )
-        self._o = weights["o"]
-        self._o_bias = weights.get("o_bias")
-        self._q_norm, self._k_norm = weights.get("q_norm"), weights.get("k_norm")
+        self._operations = operations
+        biases = [weights[name] for name in ("q_bias", "k_bias", "v_bias") if spec.qkv_bias]
+        self._qkv = operations.linear([weights["q"], weights["k"], weights["v"]], biases)
+        self._o = operations.linear([weights["o"]], [weights["o_bias"]] if "o_bias" in weights else [])
+        self._norms = (weights["q_norm"], weights["k_norm"]) if spec.qk_norm else None
 
     def tensors(self) -> list[Tensor]:
-        held = [self._qkv, self._qkv_bias, self._o, self._o_bias, self._q_norm, self._k_norm]
-        return [tensor for tensor in held if tensor is not None]
+        return [*self._qkv.tensors(), *self._o.tensors(), *(self._norms or ())]
 
     def forward(self, x_TH: Tensor, batch: AttentionBatch, rope: RopeTable, cache: Tensor) -> Tensor:
         """[T, H] for normed x. Writes the rows' keys and values into cache, [blocks, block_size, 2, G, D]."""
-        spec = self._spec
-        heads = F.linear(x_TH, self._qkv, self._qkv_bias).view(len(x_TH), -1, spec.head_dim)
+        spec, operations = self._spec, self._operations
+        heads = self._qkv.forward(x_TH).view(len(x_TH), -1, spec.head_dim)
         query, key, value = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
-        if self._q_norm is not None and self._k_norm is not None:
-            query = rms_norm(query, self._q_norm, self._eps)
-            key = rms_norm(key, self._k_norm, self._eps)
-        write_entries(cache, batch, torch.stack((rope.rotate(key), value), dim=1))
-        output = paged_attention(rope.rotate(query), cache, batch, keys_and_values, spec.head_dim**-0.5)
-        return F.linear(output.flatten(1), self._o, self._o_bias)
-
-
-def keys_and_values(entries: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, L, 2, G, D] -> keys and values, [R, L, G, D] each."""
-    keys, values = entries.unbind(2)
-    return keys, values
+        query = operations.rotate_and_write(query, key, value, self._norms, self._eps, rope, cache, batch)
+        output = operations.attend(query, cache, batch, spec.head_dim**-0.5, spec.head_dim)
+        return self._o.forward(output.flatten(1))

@@ -3,16 +3,18 @@
 What lives here: the translation of ScheduledRequests into positions, cache slots and block tables. What does not: which
 requests those are (engine/) and the attention over them (paged_attention.py).
 
-A row is one token of one request; the rows of a request follow one another. Requests with a single row, which are
-nearly all in decoding, are attended together, in one group or a few; those with several (prompt chunks) one by one.
-Shapes: T rows, D requests of a group, B blocks of the longest of them, N requests that sample.
+A row is one token of one request; the rows of a request follow one another. Requests with a single row are nearly all in
+decoding; those with several have a prompt's chunk.
+Shapes: T rows, R requests, D requests of a group, B blocks of the longest of them, N requests that sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,62 +53,88 @@ class Chunk:
     block_table: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionBatch:
     """token_ids, positions, slots: [T] int64; a slot is block * block_size + offset, where a row's entry is written.
 
-    singles: every request with one row is in one of the groups. sampled_rows: [N], the last row of every request that
-    samples, in the order of the requests.
+    Request r has the rows row_starts[r] to row_starts[r + 1] - 1, the last of its lengths[r] tokens, in the blocks
+    block_tables[r]: [R + 1], [R], [R, B], all int32 and padded with block 0. sampled_rows: [N], the last row of every
+    request that samples, in the order of the requests.
     """
 
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
-    singles: tuple[SingleRows, ...]
-    chunks: tuple[Chunk, ...]
+    row_starts: Tensor
+    lengths: Tensor
+    block_tables: Tensor
     sampled_rows: Tensor
+    requests: Sequence[ScheduledRequest]
+    block_size: int
 
     @classmethod
     def build(
         cls, requests: Sequence[ScheduledRequest], block_size: int, device: torch.device
     ) -> AttentionBatch:
         """The micro-batch of these requests, none of them without tokens, in their order."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        singles: list[tuple[int, ScheduledRequest]] = []
-        chunks: list[Chunk] = []
-        sampled_rows: list[int] = []
-        for request in requests:
-            start, count = len(token_ids), len(request.token_ids)
-            length = request.start_position + count
-            assert count and length <= len(request.block_table) * block_size, request.request_id
-            token_ids += request.token_ids
-            for position in range(request.start_position, length):
-                positions.append(position)
-                slots.append(request.block_table[position // block_size] * block_size + position % block_size)
-            if count == 1:
-                singles.append((start, request))
-            else:
-                blocks = torch.tensor(request.block_table[: -(-length // block_size)], device=device)
-                chunks.append(Chunk(start, start + count, length, blocks))
-            if request.samples:
-                sampled_rows.append(start + count - 1)
+        counts = np.array([len(request.token_ids) for request in requests])
+        lengths = counts + [request.start_position for request in requests]
+        num_blocks = -(-lengths // block_size)
+        tables = np.zeros((len(requests), int(num_blocks.max())), np.int32)
+        for index, request in enumerate(requests):
+            assert counts[index] and num_blocks[index] <= len(request.block_table), request.request_id
+            tables[index, : num_blocks[index]] = request.block_table[: num_blocks[index]]
+        row_starts = np.concatenate(([0], counts.cumsum()))
+        request_of_row = np.repeat(np.arange(len(requests)), counts)
+        # Row t is token (t - the request's first row) of those that the request has in this step.
+        positions = np.arange(row_starts[-1]) + np.repeat(lengths - row_starts[1:], counts)
+        slots = (
+            tables[request_of_row, positions // block_size].astype(np.int64) * block_size
+            + positions % block_size
+        )
+        samples = [request.samples for request in requests]
 
-        def tensor(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+        def tensor(values: np.ndarray, dtype: type) -> Tensor:
+            return torch.from_numpy(values.astype(dtype, copy=False)).to(device)
 
         return cls(
-            token_ids=tensor(token_ids),
-            positions=tensor(positions),
-            slots=tensor(slots),
-            singles=tuple(
-                _single_rows(group, block_size, device)
-                for group in _groups(singles, block_size, MAX_GROUP_TOKENS[device.type])
+            token_ids=torch.tensor(
+                [token_id for request in requests for token_id in request.token_ids], device=device
             ),
-            chunks=tuple(chunks),
-            sampled_rows=tensor(sampled_rows),
+            positions=tensor(positions, np.int64),
+            slots=tensor(slots, np.int64),
+            row_starts=tensor(row_starts, np.int32),
+            lengths=tensor(lengths, np.int32),
+            block_tables=tensor(tables, np.int32),
+            sampled_rows=tensor(row_starts[1:][samples] - 1, np.int64),
+            requests=requests,
+            block_size=block_size,
         )
+
+    # What attention in plain torch works on: the requests with one row in groups, the others one by one.
+
+    @cached_property
+    def singles(self) -> tuple[SingleRows, ...]:
+        """Every request with one row is in one of the groups."""
+        device, row, singles = self.token_ids.device, 0, []
+        for request in self.requests:
+            if len(request.token_ids) == 1:
+                singles.append((row, request))
+            row += len(request.token_ids)
+        groups = _groups(singles, self.block_size, MAX_GROUP_TOKENS[device.type])
+        return tuple(_single_rows(group, self.block_size, device) for group in groups)
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Every request with several rows."""
+        device, row, chunks = self.token_ids.device, 0, []
+        for request in self.requests:
+            start, row = row, row + len(request.token_ids)
+            if row - start > 1:
+                length = request.start_position + row - start
+                blocks = request.block_table[: -(-length // self.block_size)]
+                chunks.append(Chunk(start, row, length, torch.tensor(blocks, device=device)))
+        return tuple(chunks)
 
 
 def _groups(

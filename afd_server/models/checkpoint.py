@@ -22,6 +22,8 @@ from afd_server.models.families import Family, family_of
 from afd_server.models.ffn_dense import DenseFFN
 from afd_server.models.ffn_moe import MoEFFN
 from afd_server.models.halves import Attention, AttentionHalf, AttentionLayer, FFNHalf, FFNShard
+from afd_server.models.operations import Operations, TorchOperations
+from afd_server.models.operations_cpu import CPUOperations
 from afd_server.models.rope import Rope
 from afd_server.models.router import ExpertRouter
 from afd_server.models.spec import DenseSpec, GQASpec, MLASpec, ModelSpec, MoESpec
@@ -38,20 +40,39 @@ def check_checkpoint(directory: Path, spec: ModelSpec) -> None:
     _refuse_left_over(files, family, spec)
 
 
+def operations_for(
+    device: torch.device, dtype: torch.dtype, kernels: str = "torch", quantization: str | None = None
+) -> Operations:
+    """How a worker computes. kernels: "native" for the CPU's own, "torch" for torch's operations, which quantise nothing."""
+    if kernels == "native":
+        assert device.type == "cpu"
+        return CPUOperations(dtype, quantization)
+    assert quantization is None
+    return TorchOperations(dtype)
+
+
 def load_attention_half(
-    directory: Path, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, gate_on: str
+    directory: Path,
+    spec: ModelSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    gate_on: str,
+    operations: Operations | None = None,
 ) -> AttentionHalf:
-    """The attention side of the checkpoint, converted to dtype. gate_on: the side that runs the routers.
+    """The attention side of the checkpoint, converted to dtype. gate_on: the side that runs the routers. operations: how
+    it computes; torch's own if not given.
 
     Raises ModelError, naming the tensor, if one is missing, of another shape, or known to neither side.
     """
-    reader = _Reader(directory, spec, device, dtype)
-    embedding = reader.read("embedding")
+    operations = operations or TorchOperations(dtype)
+    reader = _Reader(directory, spec, device, dtype, operations)
+    embedding = operations.embedding(reader.read("embedding"))
     layers = [
         AttentionLayer(
-            attention_norm=reader.read("attention_norm", layer),
-            attention=_attention(spec, reader.read_attention(layer)),
-            ffn_norm=reader.read("ffn_norm", layer),
+            attention_norm=reader.read_norm("attention_norm", layer),
+            attention=_attention(spec, reader.read_attention(layer), operations),
+            ffn_norm=reader.read_norm("ffn_norm", layer),
             router=_router(reader, layer, ffn) if isinstance(ffn, MoESpec) and gate_on == "attention" else None,
         )
         for layer, ffn in enumerate(spec.ffn)
@@ -60,9 +81,14 @@ def load_attention_half(
         spec,
         embedding=embedding,
         layers=layers,
-        final_norm=reader.read("final_norm"),
-        lm_head=embedding if spec.tie_word_embeddings else reader.read("lm_head"),
+        final_norm=reader.read_norm("final_norm"),
+        lm_head=embedding
+        if spec.tie_word_embeddings
+        else operations.linear([reader.read("lm_head")], exact=True),
         rope=_rope(spec, device),
+        operations=operations,
+        cache_dtype=dtype,
+        device=device,
     )
 
 
@@ -74,9 +100,11 @@ def load_ffn_half(
     device: torch.device,
     dtype: torch.dtype,
     gate_on: str,
+    operations: Operations | None = None,
 ) -> FFNHalf:
     """One shard of the checkpoint's FFN side, converted to dtype; otherwise as load_attention_half."""
-    reader = _Reader(directory, spec, device, dtype)
+    operations = operations or TorchOperations(dtype)
+    reader = _Reader(directory, spec, device, dtype, operations)
     layers: list[DenseFFN | MoEFFN] = []
     for layer, ffn in enumerate(spec.ffn):
         if isinstance(ffn, DenseSpec):
@@ -84,16 +112,16 @@ def load_ffn_half(
         else:
             router = _router(reader, layer, ffn) if gate_on == "ffn" else None
             layers.append(_experts(reader, layer, ffn, shard, router))
-    return FFNHalf(layers, device=device, dtype=dtype)
+    return FFNHalf(layers, device=device, dtype=operations.activation_dtype)
 
 
-def _attention(spec: ModelSpec, weights: dict[str, Tensor]) -> Attention:
+def _attention(spec: ModelSpec, weights: dict[str, Tensor], operations: Operations) -> Attention:
     attention = spec.attention
     if isinstance(attention, GQASpec):
-        return GQAttention(attention, weights, spec.rms_norm_eps)
+        return GQAttention(attention, weights, spec.rms_norm_eps, operations)
     if isinstance(attention, MLASpec):
-        return LatentAttention(attention, weights)
-    return FactorizedAttention(attention, weights, spec.rms_norm_eps)
+        return LatentAttention(attention, weights, operations)
+    return FactorizedAttention(attention, weights, spec.rms_norm_eps, operations)
 
 
 def _rope(spec: ModelSpec, device: torch.device) -> Rope:
@@ -106,13 +134,14 @@ def _router(reader: _Reader, layer: int, ffn: MoESpec) -> ExpertRouter:
     # A correction bias is compared with float32 scores, and is never rounded.
     correction = reader.read("router_correction", layer, dtype=torch.float32) if ffn.correction_bias else None
     weight = reader.read("router", layer, dtype=torch.float32 if ffn.float32_router else None)
-    return ExpertRouter(ffn, weight, correction)
+    return ExpertRouter(ffn, weight, correction, reader.operations)
 
 
 def _dense(reader: _Reader, layer: int, ffn: DenseSpec, shard: FFNShard) -> DenseFFN:
     start, stop = shard.dense_slice(ffn.intermediate_size)
     first = shard.ep_rank == shard.tp_rank == 0
-    return DenseFFN(reader.read_mlp("mlp", layer, start, stop, bias=ffn.bias, down_bias=first))
+    weights = reader.read_mlp("mlp", layer, start, stop, bias=ffn.bias, down_bias=first)
+    return DenseFFN(reader.operations.mlp(weights))
 
 
 def _experts(reader: _Reader, layer: int, ffn: MoESpec, shard: FFNShard, router: ExpertRouter | None) -> MoEFFN:
@@ -122,14 +151,18 @@ def _experts(reader: _Reader, layer: int, ffn: MoESpec, shard: FFNShard, router:
     shared = None
     if ffn.shared_intermediate_size:
         start, stop = shard.expert_slice(ffn.shared_intermediate_size)
-        shared = DenseFFN(reader.read_mlp("shared", layer, start, stop))
-    return MoEFFN(gate_up, down, first_expert=first, shared=shared, router=router)
+        shared = reader.operations.mlp(reader.read_mlp("shared", layer, start, stop))
+    experts = reader.operations.experts(gate_up, down, first)
+    return MoEFFN(experts, range(first, last), shared=shared, router=router)
 
 
 class _Reader:
     """A checkpoint that was checked against its spec, read slot by slot. Reading copies: the files may go later."""
 
-    def __init__(self, directory: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, directory: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype, operations: Operations
+    ) -> None:
+        self.operations = operations
         self._files = WeightFiles(directory)
         self._family = family_of(spec.architecture)
         self._slots = {(tensor.slot, tensor.layer): tensor for tensor in model_tensors(spec)}
@@ -146,6 +179,10 @@ class _Reader:
         return self._files.read(name, tensor.shape, slices).to(
             device=self._device, dtype=dtype or self._dtype, copy=True
         )
+
+    def read_norm(self, slot: str, layer: int | None = None) -> Tensor:
+        """In the activations' type, rounded to the model's as every other weight."""
+        return self.read(slot, layer).to(self.operations.activation_dtype)
 
     def read_experts(self, layer: int, experts: range, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """gate and up [E, 2 I, H] and down [E, H, I] of these experts, I the slice start to stop."""
@@ -173,7 +210,7 @@ class _Reader:
         """Every slot of the layer's attention, norms around it left out."""
         outside = ("attention_norm", "ffn_norm")
         return {
-            slot: self.read(slot, layer)
+            slot: self.read_norm(slot, layer) if slot.endswith("norm") else self.read(slot, layer)
             for (slot, its_layer), tensor in self._slots.items()
             if its_layer == layer and tensor.role == "attention" and slot not in outside
         }

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.ffn_call import FFNCall
 from afd_server.models.ffn_dense import DenseFFN
 from afd_server.models.ffn_moe import MoEFFN
-from afd_server.models.norm import rms_norm
+from afd_server.models.operations import Embedding, Linear, Operations
 from afd_server.models.rope import Rope, RopeTable
 from afd_server.models.router import ExpertRouter
 from afd_server.models.spec import ModelSpec
@@ -89,11 +88,14 @@ class AttentionHalf:
         self,
         spec: ModelSpec,
         *,
-        embedding: Tensor,
+        embedding: Embedding,
         layers: Sequence[AttentionLayer],
         final_norm: Tensor,
-        lm_head: Tensor,
+        lm_head: Linear,
         rope: Rope,
+        operations: Operations,
+        cache_dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         assert len(layers) == spec.num_layers
         self.spec = spec
@@ -102,13 +104,14 @@ class AttentionHalf:
         self._final_norm = final_norm
         self._lm_head = lm_head
         self._rope = rope
-        self.device, self.dtype = embedding.device, embedding.dtype
+        self._operations = operations
+        self.cache_dtype, self.device = cache_dtype, device
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors held; a tied LM head counts once."""
-        tensors = [self._embedding, self._final_norm]
+        tensors = [*self._embedding.tensors(), self._final_norm]
         if self._lm_head is not self._embedding:
-            tensors.append(self._lm_head)
+            tensors += self._lm_head.tensors()
         for layer in self._layers:
             tensors += [layer.attention_norm, layer.ffn_norm, *layer.attention.tensors()]
             tensors += layer.router.tensors() if layer.router is not None else []
@@ -120,20 +123,22 @@ class AttentionHalf:
         cache: per layer [blocks, block_size, *cache_entry_shape]; the rows' entries are written into it. Returns
         float32 [N, V], a row for every request that samples, in the batch's order.
         """
-        eps = self.spec.rms_norm_eps
-        x_TH = F.embedding(batch.token_ids, self._embedding)
+        eps, operations = self.spec.rms_norm_eps, self._operations
+        x_TH = self._embedding.rows(batch.token_ids)
         rope = self._rope.table(batch.positions, x_TH.dtype)
+        answer_TH: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            normed_TH = rms_norm(x_TH, layer.attention_norm, eps)
-            x_TH = x_TH + layer.attention.forward(normed_TH, batch, rope, cache[index])
-            normed_TH = rms_norm(x_TH, layer.ffn_norm, eps)
+            normed_TH = operations.add_rms_norm(x_TH, answer_TH, layer.attention_norm, eps)
+            attended_TH = layer.attention.forward(normed_TH, batch, rope, cache[index])
+            normed_TH = operations.add_rms_norm(x_TH, attended_TH, layer.ffn_norm, eps)
             topk_ids, topk_weights = (
                 layer.router.forward(normed_TH) if layer.router is not None else (None, None)
             )
             answer_TH = yield FFNCall(index, normed_TH, topk_ids, topk_weights)
-            x_TH = x_TH + answer_TH.to(device=x_TH.device, dtype=x_TH.dtype)
-        x_NH = rms_norm(x_TH[batch.sampled_rows], self._final_norm, eps)
-        return F.linear(x_NH, self._lm_head).to(torch.float32)
+            answer_TH = answer_TH.to(device=x_TH.device, dtype=x_TH.dtype)
+        assert answer_TH is not None
+        x_NH = x_TH[batch.sampled_rows] + answer_TH[batch.sampled_rows]
+        return self._lm_head.forward(operations.rms_norm(x_NH, self._final_norm, eps)).to(torch.float32)
 
 
 class FFNHalf:
@@ -142,6 +147,7 @@ class FFNHalf:
     def __init__(
         self, layers: Sequence[DenseFFN | MoEFFN], *, device: torch.device, dtype: torch.dtype
     ) -> None:
+        """dtype: of the activations."""
         self._layers = layers
         self._device = device
         self._dtype = dtype
@@ -176,14 +182,17 @@ class FFNHalf:
         call = self.routed(call)
         x_TH = call.x.to(device=self._device, dtype=self._dtype)
         layer = self._layers[call.layer]
+        in_place = out is not None and out.dtype is self._dtype and out.device == x_TH.device
         if isinstance(layer, DenseFFN):
-            if out is not None and out.dtype == self._dtype and out.device == x_TH.device:
-                return layer.forward(x_TH, out)
-            y_TH = layer.forward(x_TH)
+            y_TH = layer.forward(x_TH, out if in_place else None)
         else:
             assert call.topk_ids is not None and call.topk_weights is not None  # routed() saw to it
-            y_TH = layer.forward(x_TH, call.topk_ids, call.topk_weights)
-        return y_TH.to(self._dtype) if out is None else out.copy_(y_TH)
+            ids_TK, weights_TK = call.topk_ids.to(x_TH.device), call.topk_weights.to(x_TH.device)
+            in_place = in_place and self._dtype is torch.float32
+            y_TH = layer.forward(x_TH, ids_TK, weights_TK, out if in_place else None)
+        if out is None:
+            return y_TH.to(self._dtype)
+        return out if in_place else out.copy_(y_TH)
 
 
 class WholeModel:
@@ -208,7 +217,7 @@ class WholeModel:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Float32 logits [T, V] after every token of one text, computed in one go on a cache of its own."""
-        device, dtype = self._attention.device, self._attention.dtype
+        device, dtype = self._attention.device, self._attention.cache_dtype
         entry = (1, len(token_ids), *self.spec.attention.cache_entry_shape)
         cache = [torch.zeros(entry, device=device, dtype=dtype) for _ in range(self.spec.num_layers)]
         request = ScheduledRequest("logits", 0, tuple(token_ids), (0,), samples=True)

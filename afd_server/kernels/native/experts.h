@@ -48,11 +48,10 @@ private:
 };
 
 // x: [num_rows, hidden]. gate_up: per expert the packed, interleaved [2 width, hidden]; down: per expert the packed
-// [hidden, width]. y: [num_rows, hidden], overwritten, or added to.
+// [hidden, width]. y: [num_rows, hidden], overwritten.
 template <class Format>
 void experts(const float* x, long num_rows, long hidden, long width, const char* gate_up, const char* down,
-             const int32_t* ids, const float* weights, int top_k, int first_expert, int num_experts, float* y, bool add,
-             int max_threads) {
+             const int32_t* ids, const float* weights, int top_k, int first_expert, int num_experts, float* y, int max_threads) {
     static thread_local Dispatch dispatch_of_thread;
     static thread_local Scratch x_scratch, inner_scratch, packed_scratch;
     Dispatch& dispatch = dispatch_of_thread;
@@ -116,7 +115,7 @@ void experts(const float* x, long num_rows, long hidden, long width, const char*
 
         const Part my_columns(y_panels, thread, threads);
         const long first_column = my_columns.first * PANEL, last_column = std::min(hidden, my_columns.last * PANEL);
-        if (!add && last_column > first_column)
+        if (last_column > first_column)
             for (long row = 0; row < num_rows; row++)
                 std::memset(y + row * hidden + first_column, 0, (last_column - first_column) * sizeof(float));
         for (first_of_expert = 0; first_of_expert < num_blocks;) {

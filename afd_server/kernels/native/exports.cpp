@@ -58,10 +58,10 @@ void afd_linear(long format, const float* x, long x_stride, long m, long k, cons
 
 void afd_experts(long format, const float* x, long num_rows, long hidden, long width, const char* gate_up, const char* down,
                  const int32_t* ids, const float* weights, long top_k, long first_expert, long num_experts, float* y,
-                 long add, long threads) {
+                 long threads) {
     with_format(format, [&](auto f) {
         experts<decltype(f)>(x, num_rows, hidden, width, gate_up, down, ids, weights, int(top_k), int(first_expert),
-                             int(num_experts), y, add, int(threads));
+                             int(num_experts), y, int(threads));
     });
 }
 

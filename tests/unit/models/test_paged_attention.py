@@ -7,7 +7,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from afd_server.models import batch as batch_module
 from afd_server.models import paged_attention as paged_module
-from afd_server.models.attention_gqa import keys_and_values
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.paged_attention import paged_attention
 from afd_server.types import ScheduledRequest
@@ -66,7 +65,7 @@ def plain_attention(requests, cache, query, scale):
 def attend():
     requests, cache, query = problem()
     batch = AttentionBatch.build(requests, BLOCK_SIZE, CPU)
-    output = paged_attention(query, cache, batch, keys_and_values, 0.4)
+    output = paged_attention(query, cache, batch, 0.4)
     torch.testing.assert_close(output, plain_attention(requests, cache, query, 0.4), atol=1e-5, rtol=1e-5)
 
 
