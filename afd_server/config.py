@@ -14,6 +14,8 @@ from typing import Any
 from afd_server.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
+KERNELS = ("auto", "native", "torch")
+QUANTIZATIONS = ("int8",)
 WIRE_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 TRANSPORTS = ("auto", "inproc", "shm", "tcp")
 MAX_MICRO_BATCHES = 4
@@ -31,6 +33,9 @@ class ServeConfig:
     model: str = option("default", "model", "a Hugging Face directory, or a hub name where the network allows")
     served_model_name: str | None = option(None, "model", "the name that clients use; default: MODEL as given")
     dtype: str = option("auto", "model", "type of weights and activations; auto: the checkpoint's", DTYPES)
+    quantization: str | None = option(
+        None, "model", "int8: weights of 8 bits, one scale a row; CPU kernels only", QUANTIZATIONS
+    )
     max_model_len: int | None = option(
         None, "model", "longest prompt + output, tokens; default: the model's own"
     )
@@ -66,6 +71,12 @@ class ServeConfig:
     ray_address: str | None = option(None, "cluster", "a running Ray cluster; default: start one on this host")
     device: str = option(
         "auto", "cluster", "where the tensors live; auto: cuda if there is one", ("auto", "cpu", "cuda")
+    )
+    kernels: str = option(
+        "auto",
+        "cluster",
+        "on CPUs; native: this server's own, torch: torch's; auto: native where a compiler is",
+        KERNELS,
     )
     attention_resource: str | None = option(
         None, "cluster", "custom Ray resource that a node for attention workers must offer"
@@ -103,6 +114,8 @@ class ServeConfig:
             )
         if self.transport == "inproc" and self.executor != "local":
             raise ConfigError("--transport", "inproc joins threads of one process", "add --executor local")
+        if self.quantization and (self.kernels == "torch" or self.device == "cuda"):
+            raise ConfigError("--quantization", "needs the CPU kernels", "use --device cpu --kernels native")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 "--max-num-batched-tokens",

@@ -6,6 +6,7 @@ Called once before workers start (`resolve`), and by each worker for its own par
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 
@@ -14,9 +15,14 @@ import torch
 from afd_server.attention.ffn_group import GroupLayout
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError
+from afd_server.kernels.library import KernelBuildError, library
+from afd_server.models.checkpoint import operations_for
 from afd_server.models.halves import FFNShard
+from afd_server.models.operations import Operations
 from afd_server.models.spec import ModelSpec, MoESpec
 from afd_server.transport.base import LinkShape
+
+logger = logging.getLogger(__name__)
 
 # Shares of what is free that the KV caches may take where --kv-cache-memory-bytes does not say. On a CPU the weights of
 # all workers still have to fit beside them; on a GPU the weights are loaded already and the rest is activations.
@@ -57,7 +63,7 @@ def resolve(config: ServeConfig, spec: ModelSpec, directory: Path) -> ServeConfi
 
 
 def torch_dtype(config: ServeConfig) -> torch.dtype:
-    """Of weights, activations and KV cache."""
+    """Of weights and KV cache, and with torch's operations of activations."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
 
 
@@ -67,6 +73,22 @@ def torch_device(config: ServeConfig) -> torch.device:
     if config.device == "cuda" and not available:
         raise ConfigError("--device", "there is no CUDA device on this worker's node", "use --device cpu")
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+def operations(config: ServeConfig, device: torch.device) -> Operations:
+    """How a worker on this device computes; `auto` kernels are settled here, on the worker's own node. Raises ConfigError."""
+    native = device.type == "cpu" and config.kernels != "torch"
+    if native:
+        try:
+            library()
+        except KernelBuildError as error:
+            if config.kernels == "native" or config.quantization:
+                raise ConfigError("--kernels", str(error), "use --kernels torch") from None
+            logger.warning("torch's operations are used, which are slower: %s", error)
+            native = False
+    if config.quantization and not native:
+        raise ConfigError("--quantization", f"there are no {config.quantization} kernels for {device.type}")
+    return operations_for(device, torch_dtype(config), "native" if native else "torch", config.quantization)
 
 
 def group_layout(config: ServeConfig, spec: ModelSpec) -> GroupLayout:

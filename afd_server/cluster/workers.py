@@ -22,6 +22,7 @@ from afd_server.cluster.layout import (
     free_bytes,
     free_kv_cache_bytes,
     group_layout,
+    operations,
     threads_per_worker,
     torch_device,
     torch_dtype,
@@ -92,6 +93,7 @@ class FFNServer:
                 device=device,
                 dtype=dtype,
                 gate_on=config.gate_on,
+                operations=operations(config, device),
             )
         except BaseException:
             listener.close()
@@ -135,12 +137,19 @@ class AttentionReplica:
         torch.set_num_threads(threads_per_worker(config, usable_cores()))
         directory = Path(config.model)
         spec = read_model_spec(directory)
-        half = load_attention_half(directory, spec, device=device, dtype=dtype, gate_on=config.gate_on)
+        computing = operations(config, device)
+        half = load_attention_half(
+            directory, spec, device=device, dtype=dtype, gate_on=config.gate_on, operations=computing
+        )
         share_bytes = free_kv_cache_bytes(config, device, workers_per_gpu)
         num_blocks = num_blocks_for(spec, config, share_bytes, free_bytes(device))
         cache = allocate_cache(spec, num_blocks, config.block_size, device, dtype)
         self._ffn_group = FFNGroup(
-            connectors, group_layout(config, spec), replica=index, dtype=dtype, timeout_s=config.ffn_timeout
+            connectors,
+            group_layout(config, spec),
+            replica=index,
+            dtype=computing.activation_dtype,
+            timeout_s=config.ffn_timeout,
         )
         worker = AttentionWorker(half, cache, self._ffn_group, block_size=config.block_size, device=device)
         chooser = MicroBatchChooser(config.micro_batches)
