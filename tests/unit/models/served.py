@@ -5,19 +5,21 @@ import random
 import torch
 
 from afd_server.models.batch import AttentionBatch
-from afd_server.models.checkpoint import load_attention_half, load_ffn_half
+from afd_server.models.checkpoint import load_attention_half, load_ffn_half, operations_for
 from afd_server.models.families import read_model_spec
 from afd_server.models.halves import FFNShard, WholeModel
 from afd_server.types import ScheduledRequest
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
+KERNELS = ("torch", "native")
 
 
-def load_whole(directory, *, ep=1, tp=1, gate_on="attention", dtype=torch.float32, device=CPU):
+def load_whole(directory, *, ep=1, tp=1, gate_on="attention", dtype=torch.float32, device=CPU, kernels="torch"):
     """WholeModel with its FFN side in ep * tp shards."""
     spec = read_model_spec(directory)
-    where = {"device": device, "dtype": dtype, "gate_on": gate_on}
+    operations = operations_for(device, dtype, kernels)
+    where = {"device": device, "dtype": dtype, "gate_on": gate_on, "operations": operations}
     shards = [FFNShard(e, ep, t, tp) for e in range(ep) for t in range(tp)]
     halves = [load_ffn_half(directory, spec, shard, **where) for shard in shards]
     return WholeModel(load_attention_half(directory, spec, **where), halves)

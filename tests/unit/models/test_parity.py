@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import FAMILIES, write_checkpoint
-from tests.unit.models.served import CPU, PLANS, load_whole, random_texts, run
+from tests.unit.models.served import CPU, KERNELS, PLANS, load_whole, random_texts, run
 
 TEXTS = random_texts()
 
@@ -15,7 +15,9 @@ EVERY_EXPERT = {
     "qwen3_moe": {"num_experts_per_tok": 6},
     "deepseek_v3": {"num_experts_per_tok": 8, "topk_group": 4},
 }
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+# Where and with what it is computed.
+COMPUTING = [*[pytest.param("cpu", kernels, id=kernels) for kernels in KERNELS],
+             pytest.param("cuda", "torch", marks=pytest.mark.gpu, id="cuda")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +45,14 @@ def assert_close(logits, expected, **tolerance):
         torch.testing.assert_close(row, expected[text][position], **tolerance)
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(("device", "kernels"), COMPUTING)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float32(reference, family, plan, device):
+def test_float32(reference, family, plan, device, kernels):
     directory, expected = reference(family)
     device = torch.device(device)
-    logits = run(load_whole(directory, device=device), TEXTS, PLANS[plan](TEXTS), device=device)
+    model = load_whole(directory, device=device, kernels=kernels)
+    logits = run(model, TEXTS, PLANS[plan](TEXTS), device=device)
     tolerance = 5e-5 if device == CPU else 2e-4
     assert_close(logits, expected, atol=tolerance, rtol=tolerance)
 
@@ -60,15 +63,15 @@ def test_logits_of_one_text(reference, family):
     torch.testing.assert_close(load_whole(directory).logits(TEXTS[0]), expected[0], atol=5e-5, rtol=5e-5)
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(("device", "kernels"), COMPUTING)
 @pytest.mark.parametrize("plan", ["one_by_one", "mixed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path, family, plan, device):
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path, family, plan, device, kernels):
     device = torch.device(device)
     directory = write_checkpoint(family, tmp_path, dtype="bfloat16", **EVERY_EXPERT.get(family, {}))
     exact = transformers_logits(directory, TEXTS)
     theirs = transformers_logits(directory, TEXTS, torch.bfloat16)
-    model = load_whole(directory, dtype=torch.bfloat16, device=device)
+    model = load_whole(directory, dtype=torch.bfloat16, device=device, kernels=kernels)
     ours = run(model, TEXTS, PLANS[plan](TEXTS), dtype=torch.bfloat16, device=device)
 
     def mean_error(rows):
@@ -89,7 +92,8 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path, family, pla
         ("deepseek_v3", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0}),
     ],
 )
-def test_variants_of_a_family(tmp_path, family, overrides):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_variants_of_a_family(tmp_path, family, overrides, kernels):
     directory = write_checkpoint(family, tmp_path, **overrides)
-    logits = run(load_whole(directory, tp=2), TEXTS, PLANS["mixed"](TEXTS))
+    logits = run(load_whole(directory, tp=2, kernels=kernels), TEXTS, PLANS["mixed"](TEXTS))
     assert_close(logits, transformers_logits(directory, TEXTS), atol=5e-5, rtol=5e-5)

@@ -12,7 +12,7 @@ from afd_server.models.ffn_call import FFNCall
 from afd_server.models.halves import FFNShard
 from afd_server.models.spec import MoESpec
 from tests.checkpoints import write_checkpoint
-from tests.unit.models.served import CPU, PLANS, load_whole, random_texts, run
+from tests.unit.models.served import CPU, KERNELS, PLANS, load_whole, random_texts, run
 
 TEXTS = random_texts((30, 7, 1))
 FAMILIES = ("llama", "mixtral", "qwen3_moe", "deepseek_v3", "step3")
@@ -32,12 +32,13 @@ def directories(tmp_path_factory):
     return get
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("gate_on", ["attention", "ffn"])
 @pytest.mark.parametrize(("ep", "tp"), LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_of_a_sharded_model(directories, family, ep, tp, gate_on):
+def test_logits_of_a_sharded_model(directories, family, ep, tp, gate_on, kernels):
     directory = directories(family)
-    model = load_whole(directory, ep=ep, tp=tp, gate_on=gate_on)
+    model = load_whole(directory, ep=ep, tp=tp, gate_on=gate_on, kernels=kernels)
     torch.testing.assert_close(
         model.logits(TEXTS[0]), load_whole(directory).logits(TEXTS[0]), atol=5e-5, rtol=5e-5
     )

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from afd_server.errors import ModelError
 from tests.checkpoints import write_step3
-from tests.unit.models.served import PLANS, load_whole, random_texts, run
+from tests.unit.models.served import KERNELS, PLANS, load_whole, random_texts, run
 from tests.unit.models.step3_oracle import step3_logits
 
 TEXTS = random_texts((24, 1, 11))
@@ -21,10 +21,11 @@ def expected_logits(directory):
     return [step3_logits(text, tensors, ids).float() for ids in TEXTS]
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_equations(tmp_path, plan):
+def test_the_equations(tmp_path, plan, kernels):
     directory = write_step3(tmp_path)
-    logits = run(load_whole(directory), TEXTS, PLANS[plan](TEXTS))
+    logits = run(load_whole(directory, kernels=kernels), TEXTS, PLANS[plan](TEXTS))
     expected = expected_logits(directory)
     for (text, position), row in logits.items():
         torch.testing.assert_close(row, expected[text][position], atol=5e-5, rtol=5e-5)
