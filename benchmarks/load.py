@@ -64,6 +64,9 @@ class Result:
     input_tokens: int  # of all requests
     output_tokens: int  # of all requests
     output_tokens_per_s: float
+    input_tokens_per_s: (
+        float  # prompts read, over the same time: the speed of prefill where one token is asked for
+    )
     ttft_p50_ms: float
     ttft_p99_ms: float
     tpot_p50_ms: float
@@ -132,6 +135,7 @@ async def measure(url: str, key: str | None, concurrency: int, load: Load) -> Re
         input_tokens=sum(sample.input_tokens for sample in samples),
         output_tokens=sum(sample.tokens for sample in samples),
         output_tokens_per_s=round(sum(sample.tokens for sample in samples) / elapsed_s, 1),
+        input_tokens_per_s=round(sum(sample.input_tokens for sample in samples) / elapsed_s, 1),
         ttft_p50_ms=round(percentile(ttft_ms, 0.5), 1),
         ttft_p99_ms=round(percentile(ttft_ms, 0.99), 1),
         tpot_p50_ms=round(percentile(tpot_ms, 0.5), 1),
