@@ -14,6 +14,8 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from machine import fastest_s, flop_per_s, read_bytes_per_s
@@ -60,90 +62,99 @@ class Report:
               f"{share:>6.2f} {theirs}", flush=True)  # fmt: skip
 
 
-def per_call_s(calls: Sequence[Callable[[], object]]) -> float:
-    def sweep() -> None:
-        for call in calls:
-            call()
+def per_call_s(call: Callable[[Any], object], over: Sequence[Any]) -> float:
+    """Seconds of one call, in the fastest sweep over the arguments."""
 
-    return fastest_s(sweep, repeats=3) / len(calls)
+    def sweep() -> None:
+        for argument in over:
+            call(argument)
+
+    return fastest_s(sweep, repeats=3) / len(over)
 
 
 def products(report: Report, name: str, n: int, k: int, formats: Sequence[Format]) -> None:
-    for format, rows in itertools.product(formats, (1, 8, 32, 128, 1024)):
-        size = n * k * ELEMENT_BYTES[format]
+    for stored, rows in itertools.product(formats, (1, 8, 32, 128, 1024)):
+        size = n * k * ELEMENT_BYTES[stored]
         count = max(2, min(SET_BYTES // size, int(2e10 / (2 * rows * n * k))))
         matrices = [torch.randn(n, k) for _ in range(2)]
-        packed = [PackedMatrix.pack([matrices[i % 2]], format) for i in range(count)]
+        packed = [PackedMatrix.pack([matrices[i % 2]], stored) for i in range(count)]
         x = torch.randn(rows, k)
-        seconds = per_call_s([lambda w=w: linear(x, w) for w in packed])  # type: ignore[misc]
+        seconds = per_call_s(partial(linear, x), packed)
         torch_s = None
-        if format == "float32":
-            copies = [matrices[i % 2].clone() for i in range(count)]
-            torch_s = per_call_s([lambda w=w: F.linear(x, w) for w in copies])  # type: ignore[misc]
-        report.add(f"{name} {n}x{k} {format} T={rows}", size, 2 * rows * n * k, seconds, torch_s)
+        if stored == "float32":
+            torch_s = per_call_s(partial(F.linear, x), [matrices[i % 2].clone() for i in range(count)])
+        report.add(f"{name} {n}x{k} {stored} T={rows}", size, 2 * rows * n * k, seconds, torch_s)
 
 
 def mixtures(report: Report, spec: ModelSpec, ffn: MoESpec, formats: Sequence[Format]) -> None:
     hidden, width, experts, top_k = spec.hidden_size, ffn.intermediate_size, ffn.num_experts, ffn.top_k
     expert_values = 3 * hidden * width
     gate_up, down = torch.randn(experts, 2 * width, hidden) / 30, torch.randn(experts, hidden, width) / 20
-    for format in formats:
-        layers = max(2, SET_BYTES // (experts * expert_values * ELEMENT_BYTES[format]))
-        packed = [PackedExperts.pack(list(gate_up), list(down), format) for _ in range(layers)]
-        reference = [TorchExperts(gate_up.clone(), down.clone(), 0) for _ in range(min(4, layers))]
+    for stored in formats:
+        layers = max(2, SET_BYTES // (experts * expert_values * ELEMENT_BYTES[stored]))
+        packed = [PackedExperts.pack(list(gate_up), list(down), stored) for _ in range(layers)]
+        reference = [TorchExperts(gate_up.clone(), down.clone(), 0) for _ in range(2)]
         for rows in (1, 8, 32, 128, 512):
             x, weights = torch.randn(rows, hidden), torch.rand(rows, top_k)
             ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(rows)]).to(torch.int32)
+            call = partial(call_kernel, x, ids, weights, experts)
+            torch_s = (
+                per_call_s(partial(call_torch, x, ids, weights), reference) if stored == "float32" else None
+            )
             active = len(ids.unique())
-            seconds = per_call_s([
-                lambda p=p: run_experts(x, p, ids, weights, first_expert=0, num_experts=experts)  # type: ignore[misc]
-                for p in packed
-            ])  # fmt: skip
-            torch_s = None
-            if format == "float32":
-                torch_s = per_call_s([lambda r=r: r.forward(x, ids, weights) for r in reference])  # type: ignore[misc]
-            num_bytes = active * expert_values * ELEMENT_BYTES[format]
-            report.add(f"experts {active}/{experts} {format} T={rows}", num_bytes, 2 * rows * top_k * expert_values,
-                       seconds, torch_s)  # fmt: skip
+            num_bytes = active * expert_values * ELEMENT_BYTES[stored]
+            report.add(f"experts {active}/{experts} {stored} T={rows}", num_bytes, 2 * rows * top_k * expert_values,
+                       per_call_s(call, packed), torch_s)  # fmt: skip
+
+
+def call_kernel(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, num_experts: int, packed: PackedExperts
+) -> None:
+    run_experts(x, packed, ids, weights, first_expert=0, num_experts=num_experts)
+
+
+def call_torch(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: TorchExperts) -> None:
+    experts.forward(x, ids, weights)
 
 
 def attention(report: Report, spec: ModelSpec) -> None:
     gqa = spec.attention
     assert isinstance(gqa, GQASpec)
-    entry = 2 * gqa.num_kv_heads * gqa.head_dim
     for requests, rows, length in (
         (1, 1, 128), (1, 1, 1024), (1, 1, 8192), (8, 1, 256), (32, 1, 256), (32, 1, 2048), (1, 128, 128), (1, 512, 2048),
     ):  # fmt: skip
         blocks = -(-length // BLOCK_SIZE)
-        size = requests * length * entry * 4
-        count = max(1, SET_BYTES // 2 // (requests * blocks * BLOCK_SIZE * entry * 4))
+        size = requests * length * 2 * gqa.num_kv_heads * gqa.head_dim * 4
+        count = max(1, SET_BYTES // 2 // size)
         cache = torch.randn(count * requests * blocks, BLOCK_SIZE, 2, gqa.num_kv_heads, gqa.head_dim)
-        order = torch.randperm(len(cache)).view(count, requests, blocks).tolist()
         batches = [
             AttentionBatch.build(
                 [ScheduledRequest(str(i), length - rows, (0,) * rows, tuple(table), samples=True)
                  for i, table in enumerate(tables)], BLOCK_SIZE, torch.device("cpu"),
             )
-            for tables in order
+            for tables in torch.randperm(len(cache)).view(count, requests, blocks).tolist()
         ]  # fmt: skip
         query = torch.randn(requests * rows, gqa.num_heads, gqa.head_dim)
-        seconds = per_call_s([
-            lambda b=b: paged_attention(query, cache, row_starts=b.row_starts, lengths=b.lengths,  # type: ignore[misc]
-                                        block_tables=b.block_tables, scale=0.1, value_dim=gqa.head_dim)
-            for b in batches
-        ])  # fmt: skip
-        torch_s = per_call_s([lambda b=b: torch_attention(query, cache, b, 0.1) for b in batches[:16]])  # type: ignore[misc]
+        seconds = per_call_s(partial(attend, query, cache), batches)
+        torch_s = per_call_s(partial(torch_attention, query, cache, scale=0.1), batches[:16])
         seen = rows * (length - (rows - 1) / 2)
         operations = 4 * requests * seen * gqa.num_heads * gqa.head_dim
         report.add(f"attention {requests} x {rows} of {length}", size, operations, seconds, torch_s)
+
+
+def attend(query: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch) -> None:
+    paged_attention(
+        query, cache, row_starts=batch.row_starts, lengths=batch.lengths, block_tables=batch.block_tables,
+        scale=0.1, value_dim=query.shape[2],
+    )  # fmt: skip
 
 
 def norms(report: Report, hidden: int) -> None:
     weight = torch.ones(hidden)
     for rows in (1, 32, 2048):
         x, delta = torch.randn(rows, hidden), torch.zeros(rows, hidden)
-        seconds = per_call_s([lambda: add_rms_norm(x, delta, weight, 1e-6)] * 50)
-        torch_s = per_call_s([lambda: rms_norm(x.add_(delta), weight, 1e-6)] * 50)
+        seconds = per_call_s(lambda d: add_rms_norm(x, d, weight, 1e-6), [delta] * 50)  # noqa: B023
+        torch_s = per_call_s(lambda d: rms_norm(x.add_(d), weight, 1e-6), [delta] * 50)  # noqa: B023
         report.add(f"add and norm T={rows}", 0, 5 * rows * hidden, seconds, torch_s)
 
 

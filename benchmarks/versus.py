@@ -120,9 +120,9 @@ def run(contestants: list[Server], rounds: int, plan: Plan) -> list[Turn]:
             if agreement(first, text) == 0.0:
                 raise RuntimeError(f"not the same model: {contestants[0].name} writes {first!r}, "
                                    f"{contestant.name} {text!r}")  # fmt: skip
-    for name, text in texts.items():
-        alike = agreement(texts[contestants[0].name], text)
-        print(f"greedy text: {alike:.0%} of the words before {name} and {contestants[0].name} part")
+    for contestant in contestants[1:]:
+        alike = agreement(texts[contestants[0].name], texts[contestant.name])
+        print(f"greedy text of {contestant.name}: as {contestants[0].name}'s for {alike:.0%} of the words")
     return turns
 
 

@@ -39,8 +39,6 @@ FILE_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)\.weight")
-# Mixtral's names for an expert's matrices, in the words of the others.
-MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 # --- numbers of the model ----------------------------------------------------------------------------------------
@@ -131,7 +129,7 @@ def tensors(model: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.Te
     for name in files:
         if found := EXPERT.fullmatch(name):
             group, expert, matrix = found.groups()
-            stacks.setdefault(f"{group}.{MIXTRAL.get(matrix, matrix)}", {})[int(expert)] = name
+            stacks.setdefault(f"{group}.{matrix}", {})[int(expert)] = name
         else:
             single[name.removesuffix(".weight")] = name
     heads = {
