@@ -1,6 +1,7 @@
-"""Random Qwen3-MoE checkpoints to measure on, with a tokenizer: float32, the same bytes on every run.
+"""Checkpoints to measure on: random Qwen3-MoE ones with a tokenizer, float32, the same bytes on every run; and SmolLM2.
 
     .venv/bin/python benchmarks/checkpoints.py tiny /tmp/tiny
+    .venv/bin/python benchmarks/checkpoints.py smollm2-moe        # made under $AFD_HOME on first use, and named
 
 Speed does not depend on what the weights say, only on their shapes, and random ones spread tokens evenly over the
 experts, which is what roofline.py assumes. Names and layout are the hub's, so that every server that knows Qwen3-MoE
@@ -22,6 +23,8 @@ import torch
 from load import WORDS
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from afd_server.checkpoints.default_model import afd_home, default_model, default_moe
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
@@ -47,6 +50,9 @@ SHAPES = {
         16, 1024, 16, 4, 128, 32, 4, 512, 32768
     ),  # 923 million, 219 million of them active for a token
 }
+
+# The default model of `afd serve`, 135 million parameters, and the same as 8 experts of which 2 are active.
+SMOLLM2 = {"smollm2": default_model, "smollm2-moe": default_moe}
 
 
 def config(shape: Shape) -> dict[str, object]:
@@ -150,10 +156,15 @@ def write_tokenizer(size: int, directory: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=SHAPES)
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("name", choices=[*SHAPES, *SMOLLM2])
+    parser.add_argument("directory", type=Path, nargs="?", help="where a random one is written")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if (arguments.name in SHAPES) != (arguments.directory is not None):
+        parser.error("a random checkpoint needs a directory; SmolLM2 has its place under $AFD_HOME")
+    if arguments.name in SMOLLM2:
+        print(SMOLLM2[arguments.name](afd_home()))
+        return 0
     shape = SHAPES[arguments.name]
     arguments.directory.mkdir(parents=True, exist_ok=True)
     (arguments.directory / "config.json").write_text(json.dumps(config(shape), indent=1))
