@@ -85,21 +85,22 @@ def usable_instruction_sets() -> list[str]:
     return [name for name, (needed, _) in INSTRUCTION_SETS.items() if set(needed) <= _cpu_flags()]
 
 
-def build(instruction_set: str) -> Path:
+def build(instruction_set: str, source: Path = SOURCES / "exports.cpp") -> Path:
     """The library's file: compiled unless one of these sources, flags and compiler is there already.
 
     Two processes may do so at once: each moves its own finished file into place.
     """
     compiler = _compiler()
     flags = (*COMMON_FLAGS, *INSTRUCTION_SETS[instruction_set][1])
-    target = _cache_directory() / f"kernels-{instruction_set}-{_fingerprint(compiler, flags)}.so"
+    name = f"{source.stem}-{instruction_set}-{_fingerprint(compiler, flags, source)}.so"
+    target = _cache_directory() / name
     if target.exists():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as directory:
             output = Path(directory) / "kernels.so"
-            command = [compiler, *flags, str(SOURCES / "exports.cpp"), "-o", str(output)]
+            command = [compiler, *flags, str(source), "-o", str(output)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
             if done.returncode:
                 reason = next(
@@ -122,11 +123,11 @@ def _compiler() -> str:
     return found
 
 
-def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+def _fingerprint(compiler: str, flags: tuple[str, ...], source: Path) -> str:
     """Of all that the machine code depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
     parts = [platform.machine().encode(), version, " ".join(flags).encode()]
-    parts += [file.read_bytes() for file in sorted(SOURCES.iterdir()) if file.is_file()]
+    parts += [file.read_bytes() for file in (source, *sorted(SOURCES.iterdir())) if file.is_file()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

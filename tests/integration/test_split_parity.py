@@ -82,10 +82,21 @@ def assert_same_as_transformers(directory, prompts, results, tolerance=2e-4):
                 assert logprob == pytest.approx(float(expected[position, other_id]), abs=tolerance)
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_as_it_is_served(checkpoints, prompts, family):
+def test_every_family_as_it_is_served(checkpoints, prompts, family, kernels):
     directory = checkpoints(family)
-    assert_same_as_transformers(directory, prompts, run(directory, prompts))
+    assert_same_as_transformers(directory, prompts, run(directory, prompts, kernels=kernels))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"), [({"quantization": "int8"}, 0.3), ({"dtype": "bfloat16"}, 0.1)]
+)
+def test_smaller_weights_are_close_and_not_equal(checkpoints, prompts, settings, tolerance):
+    directory = checkpoints("llama")
+    results = run(directory, prompts, **settings)
+    assert_same_as_transformers(directory, prompts, results, tolerance)
+    assert results[0][0].logprobs != run(directory, prompts)[0][0].logprobs
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -95,11 +95,13 @@ private:
             const float *keys[TILE_TOKENS], *values[TILE_TOKENS];
             const int tokens = std::min(TILE_TOKENS, most - first);
             find_tokens(unit, first, tokens, workspace, keys, values);
+            Ahead ahead;
+            look_ahead(unit, first + TILE_TOKENS, most, ahead);
             float scores[BLOCK_ROWS][TILE_TOKENS];
-            score(scaled, key_width, pairs, keys, tokens, scores);
+            score(scaled, key_width, pairs, keys, tokens, ahead, scores);
             for (int i = 0; i < pairs; i++)
                 soften(scores[i], std::min(tokens, visible[i] - first), highest[i], totals[i], sums + i * value_width);
-            add_values(scores, pairs, values, tokens, sums, value_width);
+            add_values(scores, pairs, values, tokens, ahead, sums, value_width);
         }
         for (int i = 0; i < pairs; i++) {
             const int row = (unit.first + i) / shared_by, head = unit.key_head * shared_by + (unit.first + i) % shared_by;
@@ -110,17 +112,34 @@ private:
 
     static long rounded_up(long dim) { return (dim + LANES - 1) / LANES * LANES; }
 
+    const Element* entry_of(const Unit& unit, int token) const {
+        const int32_t* table = requests.tables + unit.request * requests.max_blocks;
+        return cache + table[token / layout.block_tokens] * layout.block_stride +
+               token % layout.block_tokens * layout.token_stride;
+    }
+
+    // The next tile's entries are asked for line by line while this tile's are computed: tokens lie apart, so the hardware
+    // does not guess where, and all at once they would fill the core's miss buffers and stop it.
+    struct Ahead {
+        const Element *keys[TILE_TOKENS], *values[TILE_TOKENS];
+    };
+
+    void look_ahead(const Unit& unit, int first, int last, Ahead& ahead) const {
+        for (int j = 0; j < TILE_TOKENS; j++) {
+            const Element* entry = entry_of(unit, std::min(first + j, last - 1));
+            ahead.keys[j] = entry + layout.key_offset + unit.key_head * layout.key_stride;
+            ahead.values[j] = entry + layout.value_offset + unit.key_head * layout.value_stride;
+        }
+    }
+
     // Pointers to a tile's keys and values as floats: into the cache itself where it holds floats of whole vectors.
     void find_tokens(const Unit& unit, int first, int tokens, Workspace& workspace, const float** keys,
                      const float** values) const {
-        const int32_t* table = requests.tables + unit.request * requests.max_blocks;
         const bool in_place = sizeof(Element) == sizeof(float) && key_dim % LANES == 0 && value_dim % LANES == 0;
         const long key_width = rounded_up(key_dim), value_width = rounded_up(value_dim);
         float* copy = in_place ? nullptr : workspace.converted.template get<float>(TILE_TOKENS * (key_width + value_width));
         for (int j = 0; j < tokens; j++) {
-            const int token = first + j;
-            const Element* entry = cache + table[token / layout.block_tokens] * layout.block_stride +
-                                   token % layout.block_tokens * layout.token_stride;
+            const Element* entry = entry_of(unit, first + j);
             const Element* key = entry + layout.key_offset + unit.key_head * layout.key_stride;
             const Element* value = entry + layout.value_offset + unit.key_head * layout.value_stride;
             if (in_place) {
@@ -144,24 +163,33 @@ private:
     }
 
     static void score(const float* scaled, long width, int pairs, const float* const* keys, int tokens,
-                      float (*scores)[TILE_TOKENS]) {
+                      const Ahead& ahead, float (*scores)[TILE_TOKENS]) {
         for (int i = 0; i < pairs; i += GROUP)
-            for (int j = 0; j < tokens; j += GROUP) {
-                vec sums[GROUP][GROUP] = {};
-                for (long d = 0; d < width; d += LANES) {
-                    vec key[GROUP];
+            for (int j = 0; j < tokens; j += GROUP)
+                (i ? score_group<false> : score_group<true>)(scaled + i * width, width, keys + j, ahead.keys + j,
+                                                             scores + i, j);
+    }
+
+    template <bool LOOKS_AHEAD>
+    static void score_group(const float* scaled, long width, const float* const* keys, const Element* const* ahead,
+                            float (*scores)[TILE_TOKENS], int column) {
+        vec sums[GROUP][GROUP] = {};
+        for (long d = 0; d < width; d += LANES) {
+            vec key[GROUP];
 #pragma GCC unroll 4
-                    for (int b = 0; b < GROUP; b++) key[b] = load(keys[j + b] + d);
-#pragma GCC unroll 4
-                    for (int a = 0; a < GROUP; a++) {
-                        const vec query = load(scaled + (i + a) * width + d);
-#pragma GCC unroll 4
-                        for (int b = 0; b < GROUP; b++) sums[a][b] += query * key[b];
-                    }
-                }
-                for (int a = 0; a < GROUP; a++)
-                    for (int b = 0; b < GROUP; b++) scores[i + a][j + b] = sum_of_lanes(sums[a][b]);
+            for (int b = 0; b < GROUP; b++) {
+                key[b] = load(keys[b] + d);
+                if (LOOKS_AHEAD) __builtin_prefetch(ahead[b] + d);
             }
+#pragma GCC unroll 4
+            for (int a = 0; a < GROUP; a++) {
+                const vec query = load(scaled + a * width + d);
+#pragma GCC unroll 4
+                for (int b = 0; b < GROUP; b++) sums[a][b] += query * key[b];
+            }
+        }
+        for (int a = 0; a < GROUP; a++)
+            for (int b = 0; b < GROUP; b++) scores[a][column + b] = sum_of_lanes(sums[a][b]);
     }
 
     // Scores become weights relative to the running maximum, 0 from `seen` on; what was summed so far is scaled to it.
@@ -187,27 +215,30 @@ private:
     }
 
     static void add_values(const float (*scores)[TILE_TOKENS], int pairs, const float* const* values, int tokens,
-                           float* sums, long width) {
+                           const Ahead& ahead, float* sums, long width) {
         for (int i = 0; i < pairs; i += GROUP)
-            for (long first = 0; first < width; first += GROUP * LANES) {
-                if (first + GROUP * LANES <= width)
-                    add_value_vectors<GROUP>(scores + i, values, tokens, sums + i * width, width, first);
-                else
-                    for (long d = first; d < width; d += LANES)
-                        add_value_vectors<1>(scores + i, values, tokens, sums + i * width, width, d);
+            for (long first = 0; first < width;) {
+                const bool four = first + GROUP * LANES <= width;
+                const auto add = i ? (four ? add_vectors<GROUP, false> : add_vectors<1, false>)
+                                   : (four ? add_vectors<GROUP, true> : add_vectors<1, true>);
+                add(scores + i, values, ahead.values, tokens, sums + i * width, width, first);
+                first += four ? GROUP * LANES : LANES;
             }
     }
 
-    template <int VECTORS>
-    static void add_value_vectors(const float (*scores)[TILE_TOKENS], const float* const* values, int tokens, float* sums,
-                                  long width, long first) {
+    template <int VECTORS, bool LOOKS_AHEAD>
+    static void add_vectors(const float (*scores)[TILE_TOKENS], const float* const* values, const Element* const* ahead,
+                            int tokens, float* sums, long width, long first) {
         vec totals[GROUP][VECTORS];
         for (int a = 0; a < GROUP; a++)
             for (int b = 0; b < VECTORS; b++) totals[a][b] = load(sums + a * width + first + b * LANES);
         for (int j = 0; j < tokens; j++) {
             vec value[VECTORS];
 #pragma GCC unroll 4
-            for (int b = 0; b < VECTORS; b++) value[b] = load(values[j] + first + b * LANES);
+            for (int b = 0; b < VECTORS; b++) {
+                value[b] = load(values[j] + first + b * LANES);
+                if (LOOKS_AHEAD) __builtin_prefetch(ahead[j] + first + b * LANES);
+            }
 #pragma GCC unroll 4
             for (int a = 0; a < GROUP; a++)
 #pragma GCC unroll 4

@@ -54,12 +54,21 @@ inline void assign(bfloat16& to, float value) {  // rounded to nearest, ties to 
     to.bits = value != value ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The lanes' sum, by halves: 16 lanes are added as 8 and 8, these as 4 and 4.
 inline float sum_of_lanes(vec value) {
-    float lanes[LANES];
-    store(lanes, value);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int lane = 0; lane < width; lane++) lanes[lane] += lanes[lane + width];
-    return lanes[0];
+    typedef float four __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+    typedef float eight __attribute__((vector_size(32)));
+    const eight both = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
+                       __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+    const four sums = __builtin_shufflevector(both, both, 0, 1, 2, 3) + __builtin_shufflevector(both, both, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+    const four sums = __builtin_shufflevector(value, value, 0, 1, 2, 3) + __builtin_shufflevector(value, value, 4, 5, 6, 7);
+#else
+    const four sums = value;
+#endif
+    const four pairs = sums + __builtin_shufflevector(sums, sums, 2, 3, 0, 1);
+    return pairs[0] + pairs[1];
 }
 
 // e**x within about 2 units in the last place. Below -87 it is 0, and so it is for minus infinity; above 88 it stays e**88.
