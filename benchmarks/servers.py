@@ -119,6 +119,18 @@ def wait_until_it_answers(url: str, server: psutil.Popen, log: Path) -> None:
     )
 
 
+def end(processes: list[psutil.Process]) -> None:
+    """Asks those that are left, which a wrapper may have left behind, then insists."""
+    _, left = psutil.wait_procs(processes, timeout=1)
+    for member in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, left = psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
+    for member in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+
+
 @contextlib.contextmanager
 def running(server: Server, model: Path, dtype: str) -> Iterator[tuple[str, psutil.Process]]:
     """The server's URL and process, from its first answer on; at the end none of its processes is left."""
@@ -138,6 +150,5 @@ def running(server: Server, model: Path, dtype: str) -> Iterator[tuple[str, psut
             with contextlib.suppress(psutil.NoSuchProcess):
                 members |= set(family(process))
                 process.terminate()
-            _, alive = psutil.wait_procs(list(members), timeout=STOP_TIMEOUT_S)
-            for member in alive:
-                member.kill()
+            psutil.wait_procs([process], timeout=STOP_TIMEOUT_S)
+            end(list(members))
