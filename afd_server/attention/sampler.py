@@ -1,7 +1,7 @@
 """From logits to tokens: penalties, temperature, truncation, the draw, and log-probabilities.
 
-What lives here: the sampling state of each running request and the vectorised choice of the next tokens. What does
-not: when a request ends (engine/scheduler.py). Each row is computed from its own request alone, so a request's tokens
+What lives here: the sampling state of each running request, and the course from logits to tokens. What does not: how
+one of the tokens that are left is drawn (draw.py), and when a request ends (engine/scheduler.py). Each row is computed from its own request alone, so a request's tokens
 do not depend on what else is in the batch. The order of the stages is vLLM's: bias and minimum length, penalties,
 temperature, min_p, top_k, top_p. Log-probabilities are of the model's own distribution, before all of these.
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afd_server.attention.draw import draw, likeliest
 from afd_server.attention.random_numbers import uniform
 from afd_server.types import SampledToken, SamplingParams, StartedRequest, TokenLogprobs
 
@@ -63,12 +64,8 @@ class Sampler:
         states = [self._states[request_id] for request_id in request_ids]
         logprobs = _log_probabilities(states, logits_NV)
         logits_NV = self._shape(states, logits_NV)
-        greedy_N = logits_NV.argmax(dim=-1)
-        drawn = [row for row, state in enumerate(states) if state.params.temperature >= GREEDY_TEMPERATURE]
-        if drawn:
-            greedy_N[drawn] = _draw([states[row] for row in drawn], logits_NV[drawn])
         tokens = []
-        for row, (request_id, token_id) in enumerate(zip(request_ids, greedy_N.tolist(), strict=True)):
+        for row, (request_id, token_id) in enumerate(zip(request_ids, _choose(states, logits_NV), strict=True)):
             states[row].num_outputs += 1
             counts_V = states[row].output_counts_V
             if counts_V is not None:
@@ -107,47 +104,18 @@ def _penalised(state: SamplingState, logits_V: Tensor) -> Tensor:
     return logits_V - params.frequency_penalty * counts_V - params.presence_penalty * (counts_V > 0)
 
 
-def _draw(states: list[SamplingState], logits_NV: Tensor) -> Tensor:
-    """One token per row by inverting the cumulative distribution at the request's own random number."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=logits_NV.device, dtype=torch.float32)[:, None]
-
-    logits_NV = logits_NV / column([state.params.temperature for state in states])
-    min_p = [state.params.min_p for state in states]
-    if any(min_p):
-        # p < min_p * max(p)  <=>  logit < max(logit) + log(min_p)
-        threshold_N1 = logits_NV.amax(dim=-1, keepdim=True) + column(min_p).log()
-        logits_NV = logits_NV.masked_fill(logits_NV < threshold_N1, -torch.inf)
-    if any(state.params.top_k or state.params.top_p < 1.0 for state in states):
-        logits_NV = _truncated(states, logits_NV)
-    cumulative_NV = logits_NV.softmax(dim=-1).double().cumsum(dim=-1)
-    uniform_N1 = torch.tensor(
-        [uniform(state.params.seed, state.num_outputs) for state in states],
-        device=logits_NV.device,
-        dtype=torch.float64,
-    )[:, None]
-    # Scaled by the row's total, so that rounding cannot push the target past the last likely token.
-    tokens_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)
-    return tokens_N1[:, 0].clamp_(max=logits_NV.shape[-1] - 1)
-
-
-def _truncated(states: list[SamplingState], logits_NV: Tensor) -> Tensor:
-    """Logits with all but the top_k likeliest, then all beyond the top_p mass, at minus infinity."""
-    vocab_size = logits_NV.shape[-1]
-    sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([state.params.top_k or vocab_size for state in states], device=logits_NV.device)
-    sorted_NV = sorted_NV.masked_fill(
-        torch.arange(vocab_size, device=logits_NV.device) >= top_k[:, None], -torch.inf
-    )
-    probabilities_NV = sorted_NV.softmax(dim=-1)
-    top_p = torch.tensor([state.params.top_p for state in states], device=logits_NV.device)[:, None]
-    # A token stays while the mass before it is below top_p; so the likeliest always stays.
-    mass_before_NV = probabilities_NV.cumsum(dim=-1) - probabilities_NV
-    beyond_NV = (mass_before_NV >= top_p) & (top_p < 1.0)
-    beyond_NV[:, 0] = False
-    sorted_NV = sorted_NV.masked_fill(beyond_NV, -torch.inf)
-    return torch.empty_like(logits_NV).scatter_(1, order_NV, sorted_NV)
+def _choose(states: list[SamplingState], logits_NV: Tensor) -> list[int]:
+    """The token of each row: the likeliest, or where the temperature asks for it a drawn one."""
+    drawn = [row for row, state in enumerate(states) if state.params.temperature >= GREEDY_TEMPERATURE]
+    if not drawn:
+        return likeliest(logits_NV).tolist()
+    params = [states[row].params for row in drawn]
+    uniforms = [uniform(states[row].params.seed, states[row].num_outputs) for row in drawn]
+    if len(drawn) == len(states):
+        return draw(logits_NV, params, uniforms).tolist()
+    chosen_N = likeliest(logits_NV)
+    chosen_N[drawn] = draw(logits_NV[drawn], params, uniforms)
+    return chosen_N.tolist()
 
 
 def _log_probabilities(states: list[SamplingState], logits_NV: Tensor) -> dict[int, Tensor]:
