@@ -8,26 +8,29 @@ using namespace afd;
 
 extern "C" {
 
-// Adds up `count` floats, each thread its part: 8 sums, so that additions do not wait for one another.
+// Adds up `count` floats in chunks of 64 Ki, with 8 sums each, so that additions do not wait for one another.
 float machine_read(const float* from, long count, long max_threads) {
+    constexpr long CHUNK = 1 << 16;
     std::atomic<float> total{0};
-    run(int(max_threads), [&](int thread, int threads) {
-        const Part mine(count / (8 * LANES), thread, threads);
+    share(count / CHUNK, int(max_threads), [&](long chunk) {
+        const float* in = from + chunk * CHUNK;
         vec sums[8] = {};
-        for (long i = mine.first; i < mine.last; i++) {
-            __builtin_prefetch(from + i * 8 * LANES + 2048);
+        for (long i = 0; i < CHUNK; i += 8 * LANES) {
 #pragma GCC unroll 8
-            for (int lane = 0; lane < 8; lane++) sums[lane] += load(from + (i * 8 + lane) * LANES);
+            for (int lane = 0; lane < 8; lane++) {
+                __builtin_prefetch(in + i + lane * LANES + 2048);
+                sums[lane] += load(in + i + lane * LANES);
+            }
         }
         for (int lane = 1; lane < 8; lane++) sums[0] += sums[lane];
-        total.store(total.load() + sum_of_lanes(sums[0]));
+        total.store(sum_of_lanes(sums[0]), std::memory_order_relaxed);
     });
     return total.load();
 }
 
-// `rounds` x 16 vectors multiplied and added on each thread; gives the operations of one thread.
-double machine_multiply(long rounds, float factor, long max_threads, float* sink) {
-    run(int(max_threads), [&](int thread, int) {
+// 16 vectors multiplied and added `rounds` times on each thread; gives the operations of one thread.
+double machine_multiply(long rounds, float factor, long threads, float* sink) {
+    share(threads, int(threads), [&](long thread) {
         vec sums[16];
         for (int i = 0; i < 16; i++) sums[i] = broadcast(float(i));
         const vec by = broadcast(factor);

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from afd_server.kernels.library import best_instruction_set, build
-from afd_server.kernels.matmul import allocate
+from afd_server.kernels.memory import allocate
 
 READ_BYTES = 1 << 30
 ROUNDS = 20_000_000 // 16

@@ -22,7 +22,7 @@ from ctypes import c_void_p as POINTER
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "native"
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+COMMON_FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
 
 # By preference: the CPU flags that an instruction set needs, as the kernel names them, and the compiler's for it. The last
 # one is what every machine of the architecture has.

@@ -8,7 +8,6 @@ Shapes: T rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from afd_server.kernels.library import library
+from afd_server.kernels.memory import allocate
 
 Format = Literal["float32", "bfloat16", "int8"]
 FORMAT_CODES: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
@@ -89,11 +89,3 @@ def packed_rows(ids_T: Tensor, weight: PackedMatrix, instruction_set: str | None
         rows_TK.data_ptr(),
     )
     return rows_TK
-
-
-def allocate(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes], in huge pages where the system gives them: a sweep over weights would miss the TLB otherwise."""
-    memory = mmap.mmap(-1, max(1, num_bytes))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from afd_server.config import ServeConfig
 from afd_server.errors import InsufficientMemoryError
+from afd_server.kernels.memory import allocate
 
 if TYPE_CHECKING:
     from afd_server.models.spec import ModelSpec
@@ -32,11 +32,9 @@ def allocate_cache(
     shape = (num_blocks, block_size, *spec.attention.cache_entry_shape)
     if device.type != "cpu":
         return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.num_layers)]
-    # numpy asks the kernel for pages that are zero when first touched, torch writes the zeros: seconds for gigabytes.
+    # Pages that are zero when first touched; torch would write the zeros, which takes seconds for gigabytes.
     num_bytes = math.prod(shape) * dtype.itemsize
-    return [
-        torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape) for _ in range(spec.num_layers)
-    ]
+    return [allocate(num_bytes).view(dtype).view(shape) for _ in range(spec.num_layers)]
 
 
 def num_blocks_for(spec: ModelSpec, config: ServeConfig, share_bytes: int, free_bytes: int) -> int:

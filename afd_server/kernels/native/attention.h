@@ -57,12 +57,10 @@ public:
                 for (int first = 0; first < rows * shared_by; first += BLOCK_ROWS) units.push_back({request, head, first});
             work += long(requests.lengths[request]) * rows * num_heads * key_dim;
         }
-        std::atomic<size_t> next{units.size()};  // the last rows of a chunk have most to do: they go first
-        const int threads = int(std::min<long>(threads_for(work, max_threads), long(units.size())));
-        run(threads, [&](int, int) {
-            for (size_t left; (left = next.fetch_sub(1, std::memory_order_relaxed)) > 0 && left <= units.size();)
-                attend(units[left - 1]);
-        });
+        // The last rows of a chunk have most to do: they go first. Little work is not worth waking a helper.
+        const long num_units = long(units.size());
+        share(num_units, work < ELEMENTS_OF_A_CHUNK ? 1 : max_threads,
+              [&](long chunk) { attend(units[num_units - 1 - chunk]); });
     }
 
 private:

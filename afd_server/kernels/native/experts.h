@@ -1,8 +1,7 @@
 // The gated MLPs of a mixture of experts in one call: y = sum over a row's experts of weight * down(silu(gate x) * up x).
 //
-// Two phases with a barrier between them. In the first, (expert, panel of gate and up) pairs are shared out among the
-// threads; in the second, columns of y, so that no two threads add to one number and a row's experts are added in the order
-// of their ids. Each active expert's weights are read once for up to MAX_ROWS rows; idle experts are never touched. A dense
+// First, (expert, panel of gate and up) pairs are shared out among the threads; then columns of y, so that no two threads add
+// to one number and a row's experts are added in the order of their ids. Each active expert's weights are read once for up to MAX_ROWS rows; idle experts are never touched. A dense
 // MLP is the case of one expert that every row chose with weight 1.
 #pragma once
 
@@ -12,15 +11,22 @@
 
 namespace afd {
 
-// Rows of x that chose one expert, in blocks: block b of an expert has up to MAX_ROWS pairs (row, weight).
+// Up to MAX_ROWS (row, weight) pairs of one expert.
 struct ExpertBlock {
-    int expert, first_pair, count;
+    int first_pair, count;
+};
+
+// An expert that some row chose, and its blocks.
+struct ActiveExpert {
+    long id;  // among those held
+    int first_block, last_block;
 };
 
 struct Dispatch {
     std::vector<int> rows;        // of the pairs, sorted by expert, in the order of rows within one
     std::vector<float> weights;   // of the pairs
     std::vector<ExpertBlock> blocks;
+    std::vector<ActiveExpert> active;
 
     // ids, weights: [num_rows, top_k]; ids outside [first_expert, first_expert + num_experts) are other shards'.
     void build(const int32_t* ids, const float* weights_in, long num_rows, int top_k, int first_expert, int num_experts) {
@@ -32,9 +38,14 @@ struct Dispatch {
         rows.resize(starts_[num_experts]);
         weights.resize(starts_[num_experts]);
         blocks.clear();
-        for (int expert = 0; expert < num_experts; expert++)
+        active.clear();
+        for (int expert = 0; expert < num_experts; expert++) {
+            if (starts_[expert] == starts_[expert + 1]) continue;
+            const int first_block = int(blocks.size());
             for (int pair = starts_[expert]; pair < starts_[expert + 1]; pair += MAX_ROWS)
-                blocks.push_back({expert, pair, std::min(MAX_ROWS, starts_[expert + 1] - pair)});
+                blocks.push_back({pair, std::min(MAX_ROWS, starts_[expert + 1] - pair)});
+            active.push_back({expert, first_block, int(blocks.size())});
+        }
         for (long i = 0; i < num_ids; i++)
             if (unsigned(ids[i] - first_expert) < unsigned(num_experts)) {
                 const int place = starts_[ids[i] - first_expert]++;
@@ -58,6 +69,7 @@ void experts(const float* x, long num_rows, long hidden, long width, const char*
     dispatch.build(ids, weights, num_rows, top_k, first_expert, num_experts);
     const std::vector<ExpertBlock>& blocks = dispatch.blocks;
     const long num_blocks = long(blocks.size()), num_pairs = long(dispatch.rows.size());
+    const long num_active = long(dispatch.active.size());
 
     const long inner_panels = panels_of(2 * width, true), y_panels = panels_of(hidden);
     const size_t gate_up_bytes = inner_panels * Format::panel_bytes(hidden);
@@ -67,75 +79,63 @@ void experts(const float* x, long num_rows, long hidden, long width, const char*
     float* inner = inner_scratch.get<float>(num_pairs * width);
     char* packed_inner = packed_scratch.get<char>(num_blocks * inner_stride);
 
-    Barrier barrier;
-    run(max_threads, [&](int thread, int threads) {
-        const Part my_blocks(num_blocks, thread, threads);
-        const float* rows[MAX_ROWS];
+    const auto pack_blocks = [&](const float* from, const int* row_of_pair, long row_size, size_t stride, char* to) {
+        share(num_blocks, max_threads, [&](long block) {
+            const float* rows[MAX_ROWS];
+            for (int i = 0; i < blocks[block].count; i++) {
+                const int pair = blocks[block].first_pair + i;
+                rows[i] = from + (row_of_pair ? row_of_pair[pair] : pair) * row_size;
+            }
+            Format::pack_block(rows, blocks[block].count, row_size, to + block * stride);
+        });
+    };
+
+    // Parts are (active expert, panel) pairs: an expert's panel stays in the cache while the expert's blocks pass by.
+    pack_blocks(x, dispatch.rows.data(), hidden, x_stride, packed_x);
+    const long parts = num_active * inner_panels;
+    const long chunks = chunks_for(parts, double(num_active) * gate_up_bytes, max_threads);
+    share(chunks, max_threads, [&](long chunk) {
+        const Part mine(parts, chunk, chunks);
         Tile tile;
-        for (long block = my_blocks.first; block < my_blocks.last; block++) {
-            for (int i = 0; i < blocks[block].count; i++)
-                rows[i] = x + dispatch.rows[blocks[block].first_pair + i] * hidden;
-            Format::pack_block(rows, blocks[block].count, hidden, packed_x + block * x_stride);
-        }
-        barrier.wait(threads);
-
-        // An expert's panels stay in the cache while its blocks pass by: panels are the outer loop within an expert.
-        long first_of_expert = 0, panels_before = 0;
-        long active = 0;
-        for (long block = 0; block < num_blocks; block++)
-            active += block == 0 || blocks[block].expert != blocks[block - 1].expert;
-        const Part my_panels(active * inner_panels, thread, threads);
-        while (first_of_expert < num_blocks) {
-            long last = first_of_expert + 1;
-            while (last < num_blocks && blocks[last].expert == blocks[first_of_expert].expert) last++;
-            const char* weights_of_expert = gate_up + blocks[first_of_expert].expert * gate_up_bytes;
-            const long first_panel = std::max(0L, my_panels.first - panels_before);
-            const long last_panel = std::min(inner_panels, my_panels.last - panels_before);
-            for (long panel = first_panel; panel < last_panel; panel++)
-                for (long block = first_of_expert; block < last; block++) {
-                    const int count = blocks[block].count, lanes = int(std::min<long>(LANES, width - panel * LANES));
-                    tile_function<Format>(count)(weights_of_expert + panel * Format::panel_bytes(hidden),
-                                                 packed_x + block * x_stride, hidden, tile);
-                    for (int i = 0; i < count; i++) {
-                        store(tile[i], silu(load(tile[i])) * load(tile[i] + LANES));
-                        std::memcpy(inner + (blocks[block].first_pair + i) * width + panel * LANES, tile[i],
-                                    lanes * sizeof(float));
-                    }
+        for (long part = mine.first; part < mine.last; part++) {
+            const ActiveExpert& expert = dispatch.active[part / inner_panels];
+            const long panel = part % inner_panels;
+            const char* weights_of_panel = gate_up + expert.id * gate_up_bytes + panel * Format::panel_bytes(hidden);
+            const int lanes = int(std::min<long>(LANES, width - panel * LANES));
+            for (int block = expert.first_block; block < expert.last_block; block++) {
+                const int count = blocks[block].count;
+                tile_function<Format>(count)(weights_of_panel, packed_x + block * x_stride, hidden, tile);
+                for (int i = 0; i < count; i++) {
+                    store(tile[i], silu(load(tile[i])) * load(tile[i] + LANES));
+                    std::memcpy(inner + (blocks[block].first_pair + i) * width + panel * LANES, tile[i],
+                                lanes * sizeof(float));
                 }
-            panels_before += inner_panels;
-            first_of_expert = last;
+            }
         }
-        barrier.wait(threads);
+    });
 
-        for (long block = my_blocks.first; block < my_blocks.last; block++) {
-            for (int i = 0; i < blocks[block].count; i++) rows[i] = inner + (blocks[block].first_pair + i) * width;
-            Format::pack_block(rows, blocks[block].count, width, packed_inner + block * inner_stride);
-        }
-        barrier.wait(threads);
-
-        const Part my_columns(y_panels, thread, threads);
-        const long first_column = my_columns.first * PANEL, last_column = std::min(hidden, my_columns.last * PANEL);
-        if (last_column > first_column)
-            for (long row = 0; row < num_rows; row++)
-                std::memset(y + row * hidden + first_column, 0, (last_column - first_column) * sizeof(float));
-        for (first_of_expert = 0; first_of_expert < num_blocks;) {
-            long last = first_of_expert + 1;
-            while (last < num_blocks && blocks[last].expert == blocks[first_of_expert].expert) last++;
-            const char* weights_of_expert = down + blocks[first_of_expert].expert * down_bytes;
-            for (long panel = my_columns.first; panel < my_columns.last; panel++)
-                for (long block = first_of_expert; block < last; block++) {
-                    const int columns = int(std::min<long>(PANEL, hidden - panel * PANEL));
-                    tile_function<Format>(blocks[block].count)(weights_of_expert + panel * Format::panel_bytes(width),
-                                                               packed_inner + block * inner_stride, width, tile);
+    pack_blocks(inner, nullptr, width, inner_stride, packed_inner);
+    const long column_chunks = chunks_for(y_panels, double(num_active) * down_bytes, max_threads);
+    share(column_chunks, max_threads, [&](long chunk) {
+        const Part mine(y_panels, chunk, column_chunks);
+        const long first_column = mine.first * PANEL, columns = std::min(hidden, mine.last * PANEL) - first_column;
+        for (long row = 0; row < num_rows; row++) std::memset(y + row * hidden + first_column, 0, columns * sizeof(float));
+        Tile tile;
+        for (const ActiveExpert& expert : dispatch.active)
+            for (long panel = mine.first; panel < mine.last; panel++) {
+                const char* weights_of_panel = down + expert.id * down_bytes + panel * Format::panel_bytes(width);
+                const int columns_of_panel = int(std::min<long>(PANEL, hidden - panel * PANEL));
+                for (int block = expert.first_block; block < expert.last_block; block++) {
+                    tile_function<Format>(blocks[block].count)(weights_of_panel, packed_inner + block * inner_stride, width,
+                                                               tile);
                     for (int i = 0; i < blocks[block].count; i++) {
                         const int pair = blocks[block].first_pair + i;
                         const float weight = dispatch.weights[pair];
                         float* out = y + dispatch.rows[pair] * hidden + panel * PANEL;
-                        for (int column = 0; column < columns; column++) out[column] += weight * tile[i][column];
+                        for (int column = 0; column < columns_of_panel; column++) out[column] += weight * tile[i][column];
                     }
                 }
-            first_of_expert = last;
-        }
+            }
     });
 }
 

@@ -193,8 +193,7 @@ inline long panels_of(long n, bool interleaved) { return interleaved ? (n / 2 + 
 template <class Format>
 void pack(const float* w, long n, long k, char* to, bool interleaved) {
     const long half = n / 2, panels = panels_of(n, interleaved);
-#pragma omp parallel for schedule(static)
-    for (long panel = 0; panel < panels; panel++) {
+    share(panels, int(std::thread::hardware_concurrency()), [&](long panel) {
         const float* rows[PANEL];
         for (int column = 0; column < PANEL; column++) {
             const long within = panel * LANES + column % LANES;
@@ -203,7 +202,7 @@ void pack(const float* w, long n, long k, char* to, bool interleaved) {
             rows[column] = exists ? w + row * k : nullptr;
         }
         Format::pack_panel(rows, k, to + panel * Format::panel_bytes(k));
-    }
+    });
 }
 
 // y [m, n] = x [m, k] W^T + bias, rows of x and y `*_stride` floats apart. bias: [n] or null.
@@ -214,21 +213,20 @@ void linear(const float* x, long x_stride, long m, long k, const char* w, const 
     const long blocks = (m + MAX_ROWS - 1) / MAX_ROWS, panels = panels_of(n);
     const size_t block_stride = Format::block_bytes(MAX_ROWS, k);
     char* packed_x = scratch.get<char>(blocks * block_stride);
-    Barrier barrier;
-    run(int(std::min<long>(max_threads, panels)), [&](int thread, int threads) {
-        const Part my_blocks(blocks, thread, threads), my_panels(panels, thread, threads);
-        for (long block = my_blocks.first; block < my_blocks.last; block++) {
-            const float* rows[MAX_ROWS];
-            const int count = int(std::min<long>(MAX_ROWS, m - block * MAX_ROWS));
-            for (int row = 0; row < count; row++) rows[row] = x + (block * MAX_ROWS + row) * x_stride;
-            Format::pack_block(rows, count, k, packed_x + block * block_stride);
-        }
-        barrier.wait(threads);
-        for (long panel = my_panels.first; panel < my_panels.last; panel++)
+    share(blocks, max_threads, [&](long block) {
+        const float* rows[MAX_ROWS];
+        const int count = int(std::min<long>(MAX_ROWS, m - block * MAX_ROWS));
+        for (int row = 0; row < count; row++) rows[row] = x + (block * MAX_ROWS + row) * x_stride;
+        Format::pack_block(rows, count, k, packed_x + block * block_stride);
+    });
+    const long chunks = chunks_for(panels, double(panels) * Format::panel_bytes(k), max_threads);
+    share(chunks, max_threads, [&](long chunk) {
+        const Part mine(panels, chunk, chunks);
+        Tile tile;
+        for (long panel = mine.first; panel < mine.last; panel++)
             for (long block = 0; block < blocks; block++) {
                 const int count = int(std::min<long>(MAX_ROWS, m - block * MAX_ROWS));
                 const int width = int(std::min<long>(PANEL, n - panel * PANEL));
-                Tile tile;
                 tile_function<Format>(count)(w + panel * Format::panel_bytes(k), packed_x + block * block_stride, k, tile);
                 for (int row = 0; row < count; row++) {
                     float* out = y + (block * MAX_ROWS + row) * y_stride + panel * PANEL;

@@ -5,10 +5,16 @@
 
 namespace afd {
 
-constexpr long ELEMENTS_WORTH_A_THREAD = 32768;
+constexpr long ELEMENTS_OF_A_CHUNK = 32768;
 
-inline int threads_for(long elements, int max_threads) {
-    return int(std::max(1L, std::min<long>(max_threads, elements / ELEMENTS_WORTH_A_THREAD)));
+// work(row) for every row, `elements` of which are touched in all.
+template <class Work>
+void share_rows(long num_rows, long elements, int max_threads, const Work& work) {
+    const long chunks = std::max(1L, std::min(num_rows, elements / ELEMENTS_OF_A_CHUNK));
+    share(chunks, max_threads, [&](long chunk) {
+        const Part mine(num_rows, chunk, chunks);
+        for (long row = mine.first; row < mine.last; row++) work(row);
+    });
 }
 
 inline float inverse_rms(const float* row, long size, float eps) {
@@ -23,15 +29,12 @@ inline float inverse_rms(const float* row, long size, float eps) {
 // x [num_rows, hidden] += delta, where there is one; normed = weight * x / rms(x).
 inline void add_rms_norm(float* x, const float* delta, const float* weight, float eps, float* normed, long num_rows,
                          long hidden, int max_threads) {
-    run(threads_for(num_rows * hidden, max_threads), [&](int thread, int threads) {
-        const Part mine(num_rows, thread, threads);
-        for (long row = mine.first; row < mine.last; row++) {
-            float *in = x + row * hidden, *out = normed + row * hidden;
-            if (delta)
-                for (long i = 0; i < hidden; i++) in[i] += delta[row * hidden + i];
-            const float scale = inverse_rms(in, hidden, eps);
-            for (long i = 0; i < hidden; i++) out[i] = weight[i] * (in[i] * scale);
-        }
+    share_rows(num_rows, num_rows * hidden, max_threads, [&](long row) {
+        float *in = x + row * hidden, *out = normed + row * hidden;
+        if (delta)
+            for (long i = 0; i < hidden; i++) in[i] += delta[row * hidden + i];
+        const float scale = inverse_rms(in, hidden, eps);
+        for (long i = 0; i < hidden; i++) out[i] = weight[i] * (in[i] * scale);
     });
 }
 
@@ -70,22 +73,19 @@ void rotate_and_write(Heads queries, Heads keys, Heads values, long num_rows, lo
                       const float* sines, bool interleaved, float eps, Element* cache, const int64_t* slots,
                       int max_threads) {
     const long per_row = (queries.count + 2 * keys.count) * dim;
-    run(threads_for(num_rows * per_row, max_threads), [&](int thread, int threads) {
-        const Part mine(num_rows, thread, threads);
-        for (long row = mine.first; row < mine.last; row++) {
-            const float *cosine = cosines + row * dim / 2, *sine = sines + row * dim / 2;
-            for (Heads heads : {queries, keys})
-                for (long index = 0; index < heads.count; index++) {
-                    float* head = heads.first + row * heads.row_stride + index * dim;
-                    if (heads.norm) norm_head(head, heads.norm, dim, eps);
-                    rotate(head, cosine, sine, dim, interleaved, head);
-                }
-            Element* entry = cache + slots[row] * 2 * keys.count * dim;
-            const float* key = keys.first + row * keys.row_stride;
-            const float* value = values.first + row * values.row_stride;
-            for (long i = 0; i < keys.count * dim; i++) assign(entry[i], key[i]);
-            for (long i = 0; i < keys.count * dim; i++) assign(entry[keys.count * dim + i], value[i]);
-        }
+    share_rows(num_rows, num_rows * per_row, max_threads, [&](long row) {
+        const float *cosine = cosines + row * dim / 2, *sine = sines + row * dim / 2;
+        for (Heads heads : {queries, keys})
+            for (long index = 0; index < heads.count; index++) {
+                float* head = heads.first + row * heads.row_stride + index * dim;
+                if (heads.norm) norm_head(head, heads.norm, dim, eps);
+                rotate(head, cosine, sine, dim, interleaved, head);
+            }
+        Element* entry = cache + slots[row] * 2 * keys.count * dim;
+        const float* key = keys.first + row * keys.row_stride;
+        const float* value = values.first + row * values.row_stride;
+        for (long i = 0; i < keys.count * dim; i++) assign(entry[i], key[i]);
+        for (long i = 0; i < keys.count * dim; i++) assign(entry[keys.count * dim + i], value[i]);
     });
 }
 

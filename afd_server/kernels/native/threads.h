@@ -1,17 +1,29 @@
-// How a kernel's threads share its work: OpenMP starts them, barriers inside a kernel spin.
+// How a kernel's threads share its work: in chunks that whoever is free takes next.
 //
-// A phase of a kernel lasts microseconds, and an OpenMP barrier that sleeps takes as long as the phase itself. The threads of
-// one kernel run at the same time, so the wait is short; one that lasts gives its core away.
+// The thread that calls a kernel works from the start; helpers join as they wake up, and one that comes too late finds nothing
+// to do and is not waited for. So a helper whose core another process holds for a while delays a kernel by a chunk at most,
+// where a fixed share for each thread (as OpenMP gives it) would wait until the scheduler lets it run: milliseconds. Results do
+// not depend on who computes a chunk.
+//
+// Every thread that calls kernels has helpers of its own. After a job they look out for the next one for SPIN_US, since the
+// kernels of a layer follow one another closely, and then sleep: the core belongs to the other side of the model.
 #pragma once
 
-#include <omp.h>
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
 #include <sched.h>
 
-#include <atomic>
-#include <cstdlib>
-#include <new>
-
 namespace afd {
+
+constexpr int SPIN_US = 20;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -19,23 +31,112 @@ inline void pause() {
 #endif
 }
 
-class Barrier {
+class Helpers {
 public:
-    // Returns when all `threads` of the kernel have come here.
-    void wait(int threads) {
-        const int phase = phase_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-            arrived_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
-            return;
+    typedef void (*Function)(const void* work, long chunk);
+
+    ~Helpers() {
+        stopping_.store(true, std::memory_order_relaxed);
+        announce(0, 0);
+        for (std::thread& thread : threads_) thread.join();
+    }
+
+    // work(chunk) for every chunk, on this thread and up to max_threads - 1 helpers; returns when all are done.
+    void run(Function function, const void* work, long chunks, int max_threads) {
+        while (int(threads_.size()) < max_threads - 1) {
+            const int index = int(threads_.size());
+            threads_.emplace_back([this, index] { help(index); });
         }
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
+        done_.store(0, std::memory_order_relaxed);
+        function_.store(function, std::memory_order_relaxed);
+        work_.store(work, std::memory_order_relaxed);
+        const uint32_t job = announce(chunks, max_threads - 1);
+        const long mine = take_chunks(job);
+        done_.fetch_add(mine, std::memory_order_relaxed);
+        for (int spins = 0; done_.load(std::memory_order_acquire) != chunks; spins++)
             spins < 4096 ? pause() : (void)sched_yield();
     }
 
 private:
-    std::atomic<int> arrived_{0}, phase_{0};
+    // Which job it is and which of its chunks is the next: one number, so that nobody takes a chunk of a job that is over.
+    static uint64_t ticket(uint32_t job, uint32_t chunk) { return uint64_t(job) << 32 | chunk; }
+
+    uint32_t announce(long chunks, int helpers) {
+        chunks_.store(chunks, std::memory_order_relaxed);
+        helpers_.store(helpers, std::memory_order_relaxed);
+        const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
+        next_.store(ticket(job, 0), std::memory_order_release);
+        job_.store(job, std::memory_order_seq_cst);
+        if (helpers > 0 || stopping_.load(std::memory_order_relaxed))
+            if (sleeping_.load(std::memory_order_seq_cst) > 0) job_.notify_all();
+        return job;
+    }
+
+    // Computes chunks of this job until none is left; gives how many. What describes the job is read before the exchange that
+    // takes a chunk: the exchange fails if the job was over by then and the words are another job's.
+    long take_chunks(uint32_t job) {
+        long taken = 0;
+        uint64_t next = next_.load(std::memory_order_acquire);
+        for (;;) {
+            const long chunks = chunks_.load(std::memory_order_relaxed);
+            const Function function = function_.load(std::memory_order_relaxed);
+            const void* work = work_.load(std::memory_order_relaxed);
+            const uint32_t chunk = uint32_t(next);
+            if (uint32_t(next >> 32) != job || chunk >= chunks) return taken;
+            if (!next_.compare_exchange_weak(next, ticket(job, chunk + 1), std::memory_order_acq_rel)) continue;
+            function(work, chunk);
+            taken++;
+            next = next_.load(std::memory_order_acquire);
+        }
+    }
+
+    void help(int index) {
+        uint32_t seen = 0;
+        for (;;) {
+            wait_for_another(seen);
+            if (stopping_.load(std::memory_order_relaxed)) return;
+            seen = job_.load(std::memory_order_acquire);
+            if (index >= helpers_.load(std::memory_order_relaxed)) continue;
+            const long taken = take_chunks(seen);
+            if (taken) done_.fetch_add(taken, std::memory_order_release);
+        }
+    }
+
+    void wait_for_another(uint32_t seen) {
+        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(SPIN_US);
+        do {
+            for (int spins = 0; spins < 64; spins++) {
+                if (job_.load(std::memory_order_acquire) != seen) return;
+                pause();
+            }
+        } while (std::chrono::steady_clock::now() < until);
+        sleeping_.fetch_add(1, std::memory_order_seq_cst);
+        job_.wait(seen, std::memory_order_acquire);
+        sleeping_.fetch_sub(1, std::memory_order_relaxed);
+    }
+
+    alignas(64) std::atomic<uint64_t> next_{0};
+    alignas(64) std::atomic<long> done_{0};
+    alignas(64) std::atomic<uint32_t> job_{0};
+    std::atomic<int> sleeping_{0}, helpers_{0};
+    std::atomic<long> chunks_{0};
+    std::atomic<Function> function_{nullptr};
+    std::atomic<const void*> work_{nullptr};
+    std::atomic<bool> stopping_{false};
+    std::vector<std::thread> threads_;
 };
+
+// work(chunk) for every chunk of [0, chunks), on at most max_threads threads; returns when all are done.
+template <class Work>
+void share(long chunks, int max_threads, const Work& work) {
+    if (chunks <= 1 || max_threads <= 1) {
+        for (long chunk = 0; chunk < chunks; chunk++) work(chunk);
+        return;
+    }
+    static thread_local Helpers helpers;
+    helpers.run([](const void* work, long chunk) { (*static_cast<const Work*>(work))(chunk); }, &work, chunks,
+                int(std::min<long>(max_threads, chunks)));
+}
 
 // Memory that a thread keeps from call to call, grown when a call needs more.
 class Scratch {
@@ -60,21 +161,18 @@ private:
     size_t bytes_ = 0;
 };
 
-// work(thread, threads) on each of `threads` threads, or on fewer where OpenMP gives no more.
-template <class Work>
-void run(int threads, const Work& work) {
-    if (threads <= 1) {
-        work(0, 1);
-        return;
-    }
-#pragma omp parallel num_threads(threads)
-    work(omp_get_thread_num(), omp_get_num_threads());
-}
-
-// Part `index` of `count` equal parts of [0, total).
+// Part `index` of `count` nearly equal parts of [0, total).
 struct Part {
     long first, last;
-    Part(long total, int index, int count) : first(total * index / count), last(total * (index + 1) / count) {}
+    Part(long total, long index, long count) : first(total * index / count), last(total * (index + 1) / count) {}
 };
+
+// Into how many chunks to cut work of `parts` equal parts that read `bytes` in all: enough that a thread that stops in the
+// middle holds up little, and so few that taking one costs nothing beside it.
+inline long chunks_for(long parts, double bytes, int max_threads) {
+    constexpr double BYTES_OF_A_CHUNK = 192 * 1024;  // about 8 us of reading
+    if (max_threads <= 1) return std::min(parts, 1L);
+    return std::max(std::min<long>(parts, max_threads), std::min<long>(parts, long(bytes / BYTES_OF_A_CHUNK)));
+}
 
 }  // namespace afd
