@@ -11,7 +11,7 @@
 
 namespace afd {
 
-// Up to MAX_ROWS (row, weight) pairs of one expert.
+// Some (row, weight) pairs of one expert: as many rows as a tile has, or fewer.
 struct ExpertBlock {
     int first_pair, count;
 };
@@ -29,7 +29,9 @@ struct Dispatch {
     std::vector<ActiveExpert> active;
 
     // ids, weights: [num_rows, top_k]; ids outside [first_expert, first_expert + num_experts) are other shards'.
-    void build(const int32_t* ids, const float* weights_in, long num_rows, int top_k, int first_expert, int num_experts) {
+    // max_rows: of a block.
+    void build(const int32_t* ids, const float* weights_in, long num_rows, int top_k, int first_expert, int num_experts,
+               int max_rows) {
         const long num_ids = num_rows * top_k;
         starts_.assign(num_experts + 1, 0);
         for (long i = 0; i < num_ids; i++)
@@ -42,8 +44,8 @@ struct Dispatch {
         for (int expert = 0; expert < num_experts; expert++) {
             if (starts_[expert] == starts_[expert + 1]) continue;
             const int first_block = int(blocks.size());
-            for (int pair = starts_[expert]; pair < starts_[expert + 1]; pair += MAX_ROWS)
-                blocks.push_back({pair, std::min(MAX_ROWS, starts_[expert + 1] - pair)});
+            for (int pair = starts_[expert]; pair < starts_[expert + 1]; pair += max_rows)
+                blocks.push_back({pair, std::min(max_rows, starts_[expert + 1] - pair)});
             active.push_back({expert, first_block, int(blocks.size())});
         }
         for (long i = 0; i < num_ids; i++)
@@ -63,10 +65,11 @@ private:
 template <class Format>
 void experts(const float* x, long num_rows, long hidden, long width, const char* gate_up, const char* down,
              const int32_t* ids, const float* weights, int top_k, int first_expert, int num_experts, float* y, int max_threads) {
+    constexpr int MAX_ROWS = Format::MAX_ROWS;
     static thread_local Dispatch dispatch_of_thread;
     static thread_local Scratch x_scratch, inner_scratch, packed_scratch;
     Dispatch& dispatch = dispatch_of_thread;
-    dispatch.build(ids, weights, num_rows, top_k, first_expert, num_experts);
+    dispatch.build(ids, weights, num_rows, top_k, first_expert, num_experts, MAX_ROWS);
     const std::vector<ExpertBlock>& blocks = dispatch.blocks;
     const long num_blocks = long(blocks.size()), num_pairs = long(dispatch.rows.size());
     const long num_active = long(dispatch.active.size());

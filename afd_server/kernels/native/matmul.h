@@ -5,7 +5,7 @@
 // the memory's bandwidth there. Rows of x are packed alike, into blocks of at most MAX_ROWS rows.
 //
 // A format says how weights are stored: Float32, BFloat16 (both computed in float32) and Int8 (one scale per row of W,
-// activations rounded to 8 bits per row of x, sums exact in int32).
+// sums exact in int32).
 #pragma once
 
 #include <algorithm>
@@ -29,6 +29,8 @@ typedef float Tile[MAX_ROWS][PANEL];
 
 template <class Element>
 struct Floating {
+    static constexpr int MAX_ROWS = afd::MAX_ROWS;  // of a block
+
     static size_t panel_bytes(long k) { return size_t(k) * PANEL * sizeof(Element); }
     static size_t block_bytes(int rows, long k) { return size_t(rows) * k * sizeof(float); }
 
@@ -81,21 +83,16 @@ using Float32 = Floating<float>;
 using BFloat16 = Floating<bfloat16>;
 
 // A panel: scales [PANEL] float, sums of its rows [PANEL] int32, then for every 4 columns of W [PANEL][4] int8.
-// A block: scales [rows] float, then for every 4 columns [rows][4] uint8: a value plus 128, as the instruction wants it.
+//
+// Activations are rounded to 16 bits, value = 256 * high + low: 8 would cost far more accuracy than the weights' 8 do. A block:
+// scales [rows] float, then for every 4 columns [rows][4] low bytes and [rows][4] high bytes; the instruction wants unsigned
+// ones, so 128 is added to the high byte, and 128 * 256 times the sum of the weights taken off the result.
 struct Int8 {
+    static constexpr int MAX_ROWS = std::max(1, afd::MAX_ROWS / 2);  // of a block: two sums for each of Floating's
+
     static long quads(long k) { return (k + 3) / 4; }
     static size_t panel_bytes(long k) { return size_t(PANEL) * 8 + size_t(quads(k)) * PANEL * 4; }
-    static size_t block_bytes(int rows, long k) { return size_t(rows) * 4 + size_t(rows) * quads(k) * 4; }
-
-    static float scale_of(const float* row, long k) {
-        float largest = 0;
-        for (long i = 0; i < k; i++) largest = std::max(largest, std::fabs(row[i]));
-        return largest / 127;
-    }
-
-    static int rounded(float value, float inverse) {
-        return std::max(-127, std::min(127, int(std::lrintf(value * inverse))));
-    }
+    static size_t block_bytes(int rows, long k) { return size_t(rows) * 4 + size_t(rows) * quads(k) * 8; }
 
     static void pack_panel(const float* const* rows_of_panel, long k, char* to) {
         float* scales = reinterpret_cast<float*>(to);
@@ -107,10 +104,10 @@ struct Int8 {
             sums[column] = 0;
             const float* row = rows_of_panel[column];
             if (!row) continue;
-            scales[column] = scale_of(row, k);
+            scales[column] = largest(row, k) / 127;
             const float inverse = scales[column] > 0 ? 1 / scales[column] : 0;
             for (long i = 0; i < k; i++) {
-                const int value = rounded(row[i], inverse);
+                const int value = std::max(-127, std::min(127, int(std::lrintf(row[i] * inverse))));
                 out[(i / 4 * PANEL + column) * 4 + i % 4] = int8_t(value);
                 sums[column] += value;
             }
@@ -120,12 +117,16 @@ struct Int8 {
     static void pack_block(const float* const* rows_of_x, int rows, long k, char* to) {
         float* scales = reinterpret_cast<float*>(to);
         uint8_t* out = reinterpret_cast<uint8_t*>(to + size_t(rows) * 4);
-        std::memset(out, 128, size_t(rows) * quads(k) * 4);
+        std::memset(out, 0, size_t(rows) * quads(k) * 8);
         for (int row = 0; row < rows; row++) {
-            scales[row] = scale_of(rows_of_x[row], k);
+            scales[row] = largest(rows_of_x[row], k) / 32767;
             const float inverse = scales[row] > 0 ? 1 / scales[row] : 0;
-            for (long i = 0; i < k; i++)
-                out[(i / 4 * rows + row) * 4 + i % 4] = uint8_t(rounded(rows_of_x[row][i], inverse) + 128);
+            for (long i = 0; i < k; i++) {
+                const int value = std::max(-32767, std::min(32767, int(std::lrintf(rows_of_x[row][i] * inverse))));
+                uint8_t* quad = out + (i / 4 * 2 * rows + row) * 4 + i % 4;
+                quad[0] = uint8_t(value);
+                quad[rows * 4] = uint8_t((value >> 8) + 128);
+            }
         }
     }
 
@@ -136,28 +137,37 @@ struct Int8 {
         const int32_t* w = reinterpret_cast<const int32_t*>(panel + PANEL * 8);
         const float* x_scales = reinterpret_cast<const float*>(block);
         const int32_t* x = reinterpret_cast<const int32_t*>(block) + ROWS;
-        ivec sums[ROWS][2] = {};
+        ivec low[ROWS][2] = {}, high[ROWS][2] = {};
         for (long quad = 0; quad < quads(k); quad++) {
             const ivec w0 = *reinterpret_cast<const ivec*>(w), w1 = *reinterpret_cast<const ivec*>(w + LANES);
             __builtin_prefetch(reinterpret_cast<const char*>(w) + 4096);
             __builtin_prefetch(reinterpret_cast<const char*>(w) + 4096 + 64);
             w += PANEL;
-#pragma GCC unroll 12
+#pragma GCC unroll 6
             for (int row = 0; row < ROWS; row++) {
-                sums[row][0] = multiply_add(sums[row][0], x[row], w0);
-                sums[row][1] = multiply_add(sums[row][1], x[row], w1);
+                low[row][0] = multiply_add(low[row][0], x[row], w0);
+                low[row][1] = multiply_add(low[row][1], x[row], w1);
+                high[row][0] = multiply_add(high[row][0], x[ROWS + row], w0);
+                high[row][1] = multiply_add(high[row][1], x[ROWS + row], w1);
             }
-            x += ROWS;
+            x += 2 * ROWS;
         }
         for (int row = 0; row < ROWS; row++)
             for (int half = 0; half < 2; half++) {
-                const ivec exact = sums[row][half] - 128 * *reinterpret_cast<const ivec*>(w_sums + half * LANES);
-                store(result[row] + half * LANES, __builtin_convertvector(exact, vec) * broadcast(x_scales[row]) *
-                                                      load(w_scales + half * LANES));
+                const ivec signed_high = high[row][half] - 128 * *reinterpret_cast<const ivec*>(w_sums + half * LANES);
+                const vec sum = broadcast(256) * __builtin_convertvector(signed_high, vec) +
+                                __builtin_convertvector(low[row][half], vec);
+                store(result[row] + half * LANES, sum * broadcast(x_scales[row]) * load(w_scales + half * LANES));
             }
     }
 
 private:
+    static float largest(const float* row, long k) {
+        float found = 0;
+        for (long i = 0; i < k; i++) found = std::max(found, std::fabs(row[i]));
+        return found;
+    }
+
     // Adds to each lane the products of its 4 signed bytes of w with the 4 unsigned bytes of x.
     static ivec multiply_add(ivec sum, int32_t x, ivec w) {
 #if defined(__AVX512VNNI__)
@@ -173,7 +183,7 @@ private:
 
 typedef void (*TileFunction)(const char* panel, const char* block, long k, Tile& result);
 
-// The tile function for 1 to MAX_ROWS rows.
+// The tile function for 1 to Format::MAX_ROWS rows.
 template <class Format, int... ROWS>
 TileFunction tile_function_of(int rows, std::integer_sequence<int, ROWS...>) {
     static constexpr TileFunction functions[] = {Format::template tile<ROWS + 1>...};
@@ -182,7 +192,7 @@ TileFunction tile_function_of(int rows, std::integer_sequence<int, ROWS...>) {
 
 template <class Format>
 TileFunction tile_function(int rows) {
-    return tile_function_of<Format>(rows, std::make_integer_sequence<int, MAX_ROWS>{});
+    return tile_function_of<Format>(rows, std::make_integer_sequence<int, Format::MAX_ROWS>{});
 }
 
 // Panels of a packed matrix of n rows. interleaved: as `pack` says.
@@ -210,6 +220,7 @@ template <class Format>
 void linear(const float* x, long x_stride, long m, long k, const char* w, const float* bias, long n, float* y,
             long y_stride, int max_threads) {
     static thread_local Scratch scratch;
+    constexpr int MAX_ROWS = Format::MAX_ROWS;
     const long blocks = (m + MAX_ROWS - 1) / MAX_ROWS, panels = panels_of(n);
     const size_t block_stride = Format::block_bytes(MAX_ROWS, k);
     char* packed_x = scratch.get<char>(blocks * block_stride);

@@ -28,10 +28,10 @@ def test_bfloat16_stores_rounded_weights_and_computes_in_float32(instruction_set
     torch.testing.assert_close(linear(x, packed, None, instruction_set), expected, rtol=1e-4, atol=1e-4)
 
 
-def rounded_to_int8(matrix):
-    """Per row: values as multiples of 1/127 of the largest, exactly as the kernel rounds them."""
-    scale = matrix.abs().amax(dim=1, keepdim=True) / 127
-    return (matrix * (1 / scale)).round().clamp(-127, 127), scale
+def rounded_to(matrix, largest):
+    """Per row: whole numbers up to `largest`, and their scale, exactly as the kernel rounds them."""
+    scale = matrix.abs().amax(dim=1, keepdim=True) / largest
+    return (matrix * (1 / scale)).round().clamp(-largest, largest), scale
 
 
 @pytest.mark.parametrize(("n", "k"), [(64, 96), (33, 7), (130, 65)])
@@ -39,7 +39,7 @@ def rounded_to_int8(matrix):
 def test_int8_equals_exact_sums_of_rounded_values(instruction_set, rows, n, k):
     weight, x = random(n, k), random(rows, k, seed=1)
     packed = PackedMatrix.pack([weight], "int8", instruction_set)
-    (w_int, w_scale), (x_int, x_scale) = rounded_to_int8(weight), rounded_to_int8(x)
+    (w_int, w_scale), (x_int, x_scale) = rounded_to(weight, 127), rounded_to(x, 32767)
     expected = (x_int.double() @ w_int.double().T) * x_scale * w_scale.T
     torch.testing.assert_close(
         linear(x, packed, None, instruction_set).double(), expected, rtol=1e-5, atol=1e-5
