@@ -114,7 +114,11 @@ async def measure(url: str, key: str | None, concurrency: int, load: Load) -> Re
     generator = random.Random(f"{load.seed} {concurrency}")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     samples: list[Sample] = []
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=load.timeout_s) as client:
+    # A connection for each request: some servers close one after an answer just when the next request goes out on it.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=load.timeout_s, limits=limits
+    ) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
 
         async def one_client() -> None:
