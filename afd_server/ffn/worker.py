@@ -33,20 +33,29 @@ class FFNWorker:
         self._half = half
         self._listener = listener
         self._stopping = threading.Event()
+        self._waiting: list[IncomingCall] = []
 
     @torch.inference_mode()
     def serve(self) -> None:
-        """Answers calls until `stop`. A call that cannot be computed is answered with the reason; the loop goes on."""
-        waiting: list[IncomingCall] = []
+        """Answers calls until `stop`, then closes the listener."""
         try:
             while not self._stopping.is_set():
-                # With calls in hand, only look at what came meanwhile; without, sleep until something comes.
-                waiting += self._listener.wait(0.0 if waiting else IDLE_WAIT_S)
-                if waiting:
-                    batch, waiting = next_batch(waiting)
-                    self._answer(batch)
+                self.serve_once(IDLE_WAIT_S)
         finally:
             self._listener.close()
+
+    def serve_once(self, timeout_s: float) -> bool:
+        """Answers the oldest call, with those that are merged with it; sleeps up to timeout_s for one. Whether one came.
+
+        A call that cannot be computed is answered with the reason. To be called in inference mode.
+        """
+        # With calls in hand, only look at what came meanwhile; without, sleep until something comes.
+        self._waiting += self._listener.wait(0.0 if self._waiting else timeout_s)
+        if not self._waiting:
+            return False
+        batch, self._waiting = next_batch(self._waiting)
+        self._answer(batch)
+        return True
 
     def stop(self) -> None:
         """Ends `serve` after the batch under way."""
@@ -92,6 +101,8 @@ class FFNWorker:
 
 def next_batch(waiting: Sequence[IncomingCall]) -> tuple[list[IncomingCall], list[IncomingCall]]:
     """(the oldest call with all others of its layer, the rest): weights are read once for the whole batch."""
+    if len(waiting) == 1:
+        return [*waiting], []
     layer = waiting[0].call.layer
     batch = [incoming for incoming in waiting if incoming.call.layer == layer]
     return batch, [incoming for incoming in waiting if incoming.call.layer != layer]

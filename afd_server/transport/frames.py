@@ -9,9 +9,9 @@ from __future__ import annotations
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 from afd_server.transport.base import MAX_ROWS, NUM_SLOTS, CallTag
 
@@ -40,8 +40,10 @@ class Kind(IntEnum):
     FAILURE = 3  # payload: the reason, UTF-8
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+class Header(NamedTuple):
     """What precedes every payload.
 
     sequence: counts a link's sends; an answer repeats its call's, so that a late answer to a call that was sent again is
@@ -69,15 +71,15 @@ class Header:
         )  # fmt: skip
 
     @classmethod
-    def unpack(cls, data: bytes | bytearray | memoryview) -> Header:
-        """Raises FrameError for anything that `pack` cannot have written."""
+    def unpack(cls, data: bytes | bytearray | memoryview, start: int = 0) -> Header:
+        """The header that begins at byte `start`. Raises FrameError for anything that `pack` cannot have written."""
         (magic, version, kind, micro_batch, routed, dtype, replica, layer, step, sequence, rows, payload_bytes,
-         ffn_us, queue_us, batch_rows) = _LAYOUT.unpack(data)  # fmt: skip
+         ffn_us, queue_us, batch_rows) = _LAYOUT.unpack_from(data, start)  # fmt: skip
         if magic != MAGIC:
             raise FrameError(f"magic is {magic!r}")
         if version != VERSION:
             raise FrameError(f"version is {version}, not {VERSION}")
-        if not Kind.CALL <= kind <= Kind.FAILURE:
+        if kind not in _KINDS:
             raise FrameError(f"unknown kind {kind}")
         if micro_batch >= NUM_SLOTS:
             raise FrameError(f"micro-batch {micro_batch} of {NUM_SLOTS}")
@@ -89,47 +91,82 @@ class Header:
             raise FrameError(f"layer {layer}")
         if not 1 <= rows <= MAX_ROWS:
             raise FrameError(f"{rows} rows")
-        return cls(Kind(kind), CallTag(replica, step, layer, micro_batch), sequence, rows, bool(routed),
+        return cls(_KINDS[kind], CallTag(replica, step, layer, micro_batch), sequence, rows, routed == 1,
                    _DTYPE_NAMES[dtype], payload_bytes, ffn_us, queue_us, batch_rows)  # fmt: skip
 
 
 class FrameReader:
-    """Reads whole frames from a non-blocking socket, in as many pieces as they come."""
+    """Reads whole frames from a non-blocking socket, in as many pieces as they come.
+
+    Headers are read several at a time: the usual frame, a header whose payload lies in shared memory, takes one system
+    call. What follows a header on the socket is then put where it belongs, most of it without a copy.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._header_bytes = memoryview(bytearray(HEADER_BYTES))
-        self._header: Header | None = None
-        self._unfilled: deque[memoryview] = deque([self._header_bytes])
+        self._buffer = bytearray(NUM_SLOTS * HEADER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._filled = 0  # bytes of the buffer that hold headers not taken yet
+        self._header: Header | None = None  # the one whose payload is being read
+        self._unfilled: deque[memoryview] = deque()  # where the rest of that payload goes
 
-    def next_frame(self, payload_of: Callable[[Header], list[memoryview]]) -> Header | None:
-        """The next complete frame, or None when more bytes must come first. Raises EOFError, OSError, FrameError.
+    def read(self, payload_of: Callable[[Header], list[memoryview]]) -> list[Header]:
+        """The frames that became complete, in order; [] when more bytes must come first. One system call if possible,
+        and no more of them than a peer needs who never stops sending. Raises EOFError, OSError, FrameError.
 
         payload_of: called with each header; checks it against the link and gives the places where the payload goes
         (none when it does not follow on the socket). May raise FrameError.
         """
-        while True:
-            while self._unfilled:
-                try:
-                    received = self._socket.recv_into(self._unfilled[0])
-                except (BlockingIOError, InterruptedError):
-                    return None
+        frames: list[Header] = []
+        try:
+            while len(frames) < NUM_SLOTS:
+                place = self._unfilled[0] if self._unfilled else self._view[self._filled :]
+                received = self._socket.recv_into(place)
                 if received == 0:
                     raise EOFError
-                self._advance(received)
-            if self._header is not None:
-                header, self._header = self._header, None
-                self._unfilled.append(self._header_bytes)
-                return header
-            self._header = Header.unpack(self._header_bytes)
-            self._unfilled.extend(piece for piece in payload_of(self._header) if len(piece))
+                if self._unfilled:
+                    self._fill(received, frames)
+                else:
+                    self._filled += received
+                    self._take_headers(frames, payload_of)
+                if received < len(place):  # that was all there is
+                    break
+        except (BlockingIOError, InterruptedError):
+            pass
+        except (EOFError, OSError):
+            if not frames:  # else it is met again by the next read
+                raise
+        return frames
 
-    def _advance(self, received: int) -> None:
+    def _take_headers(self, frames: list[Header], payload_of: Callable[[Header], list[memoryview]]) -> None:
+        start, end = 0, self._filled
+        while end - start >= HEADER_BYTES:
+            header = Header.unpack(self._buffer, start)
+            start += HEADER_BYTES
+            for place in payload_of(header):
+                here = min(len(place), end - start)
+                place[:here] = self._view[start : start + here]
+                start += here
+                if here < len(place):
+                    self._unfilled.append(place[here:])
+            if self._unfilled:
+                self._header = header
+                break
+            frames.append(header)
+        self._filled = end - start
+        if self._filled and start:
+            self._buffer[: self._filled] = self._buffer[start:end]
+
+    def _fill(self, received: int, frames: list[Header]) -> None:
         rest = self._unfilled[0][received:]
         if len(rest):
             self._unfilled[0] = rest
-        else:
-            self._unfilled.popleft()
+            return
+        self._unfilled.popleft()
+        if not self._unfilled:
+            assert self._header is not None
+            frames.append(self._header)
+            self._header = None
 
 
 class Outbox:
@@ -146,8 +183,18 @@ class Outbox:
         """Pieces still to be written."""
         return len(self._pieces)
 
-    def put(self, pieces: Iterable[bytes | memoryview]) -> None:
+    def send(self, pieces: Sequence[bytes | memoryview]) -> bool:
+        """Writes the pieces after what is left of earlier ones, as `flush` does; what does not leave is kept."""
+        if not self._pieces and len(pieces) == 1:  # the usual case: a header alone
+            try:
+                written = self._socket.send(pieces[0])
+            except (BlockingIOError, InterruptedError):
+                written = 0
+            if written == len(pieces[0]):
+                return True
+            pieces = [memoryview(pieces[0])[written:]]
         self._pieces.extend(view for piece in pieces if len(view := memoryview(piece)))
+        return self.flush()
 
     def flush(self) -> bool:
         """Writes what the peer takes now; whether nothing is left. Raises OSError when the connection is gone."""

@@ -39,6 +39,7 @@ class SocketLink(Link):
         self._reader = FrameReader(sock)
         self._outbox = Outbox(sock)
         self._poll = select.poll()
+        self._awaited = 0  # the events that the socket is registered for
         self._sequence = 0
         self._sent: list[Header | None] = [None] * NUM_SLOTS
         self._arrived: list[Header | None] = [None] * NUM_SLOTS
@@ -56,14 +57,12 @@ class SocketLink(Link):
             slots.layout.call_bytes(rows, routed),
         )  # fmt: skip
         self._sent[micro_batch], self._arrived[micro_batch] = header, None
-        self._outbox.put([header.pack()])
+        pieces: list[bytes | memoryview] = [header.pack()]
         if self._payload_on_socket:
-            self._outbox.put(slots.call_buffers(micro_batch, rows, routed))
-        give_up_at = time.monotonic() + _SEND_TIME_S
+            pieces += slots.call_buffers(micro_batch, rows, routed)
         try:
-            while not self._outbox.flush() and time.monotonic() < give_up_at:
-                if not self._wait(sock, select.POLLOUT, _SEND_PATIENCE_S):
-                    return
+            if not self._outbox.send(pieces):
+                self._send_rest(sock)
         except OSError as error:
             raise self._died(tag, error) from None
 
@@ -87,6 +86,13 @@ class SocketLink(Link):
         if sock is not None:
             sock.close()
 
+    def _send_rest(self, sock: socket.socket) -> None:
+        """Goes on with a call that the peer does not take at once, for a while."""
+        give_up_at = time.monotonic() + _SEND_TIME_S
+        while time.monotonic() < give_up_at and self._wait(sock, select.POLLOUT, _SEND_PATIENCE_S):
+            if self._outbox.flush():
+                return
+
     def _read_until(self, tag: CallTag, micro_batch: int, timeout_s: float) -> None:
         """Takes in answers, and writes on what is left of calls, until the micro-batch's own answer is there."""
         sock = self._open_socket(tag)
@@ -101,19 +107,16 @@ class SocketLink(Link):
                 in_time = time.monotonic() < deadline
                 if len(self._outbox):
                     self._outbox.flush()
-                self._take_frames(micro_batch)
+                self._take_frames()
         except FrameError as error:
             self.close()
             raise ProtocolError(self.worker, f"{error}", layer=tag.layer, step=tag.step) from None
         except (EOFError, OSError) as error:
             raise self._died(tag, error) from None
 
-    def _take_frames(self, micro_batch: int) -> None:
-        """Reads answers as far as they came, but no further than this micro-batch's: an end of file can wait."""
-        while (
-            self._arrived[micro_batch] is None
-            and (header := self._reader.next_frame(self._payload_of)) is not None
-        ):
+    def _take_frames(self) -> None:
+        """Reads answers as far as they came."""
+        for header in self._reader.read(self._payload_of):
             sent = self._sent[header.tag.micro_batch]
             if sent is not None and header.sequence == sent.sequence:
                 self._arrived[header.tag.micro_batch] = header
@@ -141,7 +144,9 @@ class SocketLink(Link):
 
     def _wait(self, sock: socket.socket, events: int, timeout_s: float) -> bool:
         """Whether the socket became ready (or broke, which the next read or write tells) within the time."""
-        self._poll.register(sock, events)
+        if events != self._awaited:
+            self._poll.register(sock, events)
+            self._awaited = events
         return bool(self._poll.poll(max(0.0, timeout_s) * 1000))
 
     def _open_socket(self, tag: CallTag) -> socket.socket:

@@ -72,7 +72,8 @@ class SocketListener(Listener):
                 self._open_doors_again()
             for key, events in self._selector.select(left_s):
                 self._serve(key.data, events, calls)
-            self._drop_silent_candidates()
+            if self._candidates:
+                self._drop_silent_candidates()
             if calls or time.monotonic() >= deadline:
                 # A call read first may have been sent again by what was read after it.
                 return [call for call in calls if call.wanted]
@@ -96,12 +97,12 @@ class SocketListener(Listener):
     # --- events ----------------------------------------------------------------------------------------------------
 
     def _serve(self, sock: socket.socket, events: int, calls: list[ServedCall]) -> None:
-        if sock in self._doors:
+        if sock in self._links:
+            self._exchange(sock, events, calls)
+        elif sock in self._doors:
             self._accept(sock)
         elif sock in self._candidates:
             self._introduce(sock)
-        elif sock in self._links:
-            self._exchange(sock, events, calls)
         # else: ended while the events of this round were served
 
     def _exchange(self, sock: socket.socket, events: int, calls: list[ServedCall]) -> None:
@@ -120,8 +121,9 @@ class SocketListener(Listener):
             self._drop(sock, logging.ERROR, f"it cannot be served: {type(error).__name__}: {error}")
 
     def _watch_writes(self, sock: socket.socket, link: ServedLink) -> None:
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.has_output else 0)
-        if self._selector.get_key(sock).events != events:
+        if link.has_output != link.watched_for_writes:
+            link.watched_for_writes = link.has_output
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.has_output else 0)
             self._selector.modify(sock, events, sock)
 
     def output_pending(self, sock: socket.socket) -> None:

@@ -116,6 +116,7 @@ class ServedLink:
     ) -> None:
         self.replica = replica
         self.closed = False
+        self.watched_for_writes = False  # the listener's note
         self._socket = sock
         self._slots = slots
         self._payload_on_socket = payload_on_socket
@@ -134,7 +135,7 @@ class ServedLink:
     def read_calls(self) -> list[ServedCall]:
         """Every call that is complete. Raises EOFError, OSError, FrameError."""
         calls: list[ServedCall] = []
-        while len(calls) < NUM_SLOTS and (header := self._reader.next_frame(self._payload_of)) is not None:
+        for header in self._reader.read(self._payload_of):
             tag = header.tag
             call = self._slots.read_call(tag.micro_batch, tag.layer, header.rows, header.routed)
             calls.append(ServedCall(self, header, call))
@@ -151,12 +152,12 @@ class ServedLink:
 
     def send(self, header: Header, message: bytes = b"") -> None:
         """Queues an answer and writes what the peer takes at once. Raises OSError when it is gone."""
-        self._outbox.put([header.pack()])
+        pieces: list[bytes | memoryview] = [header.pack()]
         if header.kind is Kind.FAILURE:
-            self._outbox.put([message])
+            pieces.append(message)
         elif self._payload_on_socket:
-            self._outbox.put(self._slots.answer_buffers(header.tag.micro_batch, header.rows))
-        if not self._outbox.flush():
+            pieces += self._slots.answer_buffers(header.tag.micro_batch, header.rows)
+        if not self._outbox.send(pieces):
             self._output_pending(self._socket)
 
     @property

@@ -94,13 +94,79 @@ def test_frames_are_put_together_from_single_bytes() -> None:
 
         for byte in HEADER.pack() + b"abcde":
             ours.send(bytes([byte]))
-            assert reader.next_frame(places) is None
+            assert reader.read(places) == []
         ours.send(b"f")
-        assert reader.next_frame(places) == HEADER
+        assert reader.read(places) == [HEADER]
         assert body == b"abcdef"
         ours.close()
         with pytest.raises(EOFError):
-            reader.next_frame(places)
+            reader.read(places)
+
+
+@given(
+    st.lists(HEADERS, min_size=1, max_size=12), st.lists(st.integers(1, 300), max_size=40), st.integers(0, 400)
+)
+def test_frames_come_out_whole_however_the_bytes_arrive(
+    headers: list[Header], cuts: list[int], payload_bytes: int
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        reader = FrameReader(theirs)
+        stream = b"".join(
+            header.pack() + bytes([index]) * payload_bytes for index, header in enumerate(headers)
+        )
+        found: list[Header] = []
+        bodies: list[bytearray] = []
+
+        def places(header: Header) -> list[memoryview]:
+            bodies.append(bytearray(payload_bytes))
+            return [memoryview(bodies[-1])]
+
+        for cut in [*cuts, len(stream)]:
+            ours.send(stream[:cut])
+            stream = stream[cut:]
+            while frames := reader.read(places):
+                found += frames
+        assert found == headers
+        assert bodies == [bytes([index]) * payload_bytes for index in range(len(headers))]
+
+
+def test_an_end_after_whole_frames_is_met_after_them() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        reader = FrameReader(theirs)
+        ours.send(HEADER.pack() * 4)  # as many as are read at once: only the next look finds the end
+        ours.close()
+        assert reader.read(lambda header: []) == [HEADER] * 4
+        with pytest.raises(EOFError):
+            reader.read(lambda header: [])
+
+
+def test_no_more_frames_at_once_than_a_link_has_slots() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        reader = FrameReader(theirs)
+        ours.send(HEADER.pack() * 9)
+        assert [len(reader.read(lambda header: [])) for _ in range(3)] == [4, 4, 1]
+
+
+def test_a_single_piece_that_does_not_fit_is_kept_too() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        outbox = Outbox(ours)
+        sent = [bytes([index % 251]) * 100_003 for index in range(20)]
+        assert [outbox.send([piece]) for piece in sent][-1] is False
+        received = bytearray()
+        while not outbox.flush():
+            received += theirs.recv(1 << 16)
+        ours.close()
+        while piece := theirs.recv(1 << 20):
+            received += piece
+        assert received == b"".join(sent)
 
 
 def test_an_outbox_keeps_what_the_peer_does_not_take() -> None:
@@ -109,8 +175,9 @@ def test_an_outbox_keeps_what_the_peer_does_not_take() -> None:
         ours.setblocking(False)
         outbox = Outbox(ours)
         pieces = [bytes([index % 251]) * 10_007 for index in range(200)]
-        outbox.put([b"", *pieces])
         received = bytearray()
+        left = not outbox.send([b"", *pieces])
+        assert left
         while not outbox.flush():
             received += theirs.recv(1 << 16)
         assert len(outbox) == 0
