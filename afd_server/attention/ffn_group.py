@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -86,6 +86,10 @@ class _Peer:
     suspected_until: float = 0.0  # monotonic seconds; it has let a call time out
 
 
+def _time_at_the_worker(answer: Answer) -> int:
+    return answer.ffn_us + answer.queue_us
+
+
 class FFNGroup:
     """Channel of a pipeline (see pipeline.py) over the links to all FFN workers.
 
@@ -142,7 +146,7 @@ class FFNGroup:
         waiting_since = time.monotonic()
         answers = {shard: self._receive_part(flight, shard, deadline) for shard in flight.parts}
         received_at = time.monotonic()
-        self._note_times(answers.values(), received_at - flight.sent_at, waited_s=received_at - waiting_since)
+        self._note_times(answers, received_at - flight.sent_at, waited_s=received_at - waiting_since)
         return self._sum(flight, answers)
 
     # --- dividing and summing --------------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ class FFNGroup:
     def _divide(self, call: FFNCall) -> dict[int, _Part]:
         ep, tp = self._layout.ep, self._layout.tp
         if call.topk_ids is None or ep < SPARSE_DISPATCH_FROM:
-            return {shard: _Part(call, None) for shard in range(ep * tp)}
+            return dict.fromkeys(range(ep * tp), _Part(call, None))
         parts = {}
         num_experts = self._layout.num_experts
         for rank in range(ep):
@@ -166,9 +170,10 @@ class FFNGroup:
 
     def _sum(self, flight: _Flight, answers: dict[int, Answer]) -> Tensor:
         device = flight.call.x.device
-        if len(answers) == 1 and all(part.rows_T is None for part in flight.parts.values()):
-            (answer,) = answers.values()
-            return answer.y.to(device=device, dtype=self._dtype)
+        if len(answers) == 1:
+            ((shard, answer),) = answers.items()
+            if flight.parts[shard].rows_T is None:
+                return answer.y.to(device=device, dtype=self._dtype)
         total_TH = torch.zeros(flight.call.x.shape, dtype=torch.float32, device=device)
         for shard, answer in answers.items():
             partial = answer.y.to(device=device, dtype=torch.float32)
@@ -179,14 +184,15 @@ class FFNGroup:
                 total_TH.index_add_(0, rows_T, partial)
         return total_TH.to(self._dtype)
 
-    def _note_times(self, answers: Iterable[Answer], round_trip_s: float, waited_s: float) -> None:
-        slowest = max(answers, key=lambda answer: answer.ffn_us + answer.queue_us)
+    def _note_times(self, answers: dict[int, Answer], round_trip_s: float, waited_s: float) -> None:
+        slowest = max(answers.values(), key=_time_at_the_worker)
         ffn_s, queue_s = slowest.ffn_us * 1e-6, slowest.queue_us * 1e-6
-        self.timing.ffn_s += ffn_s
-        self.timing.ffn_rows += slowest.batch_rows
-        self.timing.num_hops += 1
+        timing = self.timing
+        timing.ffn_s += ffn_s
+        timing.ffn_rows += slowest.batch_rows
+        timing.num_hops += 1
         # The round trip is the wire's only as far as this side stood waiting; else it includes other work done here.
-        self.timing.wire_s += min(waited_s, max(0.0, round_trip_s - ffn_s - queue_s))
+        timing.wire_s += min(waited_s, max(0.0, round_trip_s - ffn_s - queue_s))
 
     # --- one shard, with its failures ------------------------------------------------------------------------------
 
@@ -226,7 +232,10 @@ class FFNGroup:
             peer = self._peers[index]
             assert peer.link is not None
             # A worker may hang with its connection open. While there are other replicas, each gets its share of the time.
-            others = sum(not self._is_suspected(other) for other in self._choices[shard] if other != index)
+            choices = self._choices[shard]
+            others = 0
+            if len(choices) > 1:
+                others = sum(not self._is_suspected(other) for other in choices if other != index)
             left_s = max(0.0, deadline - time.monotonic())
             try:
                 answer = peer.link.receive(flight.tag, left_s / (1 + others))
@@ -246,7 +255,8 @@ class FFNGroup:
 
     def _holder(self, flight: _Flight, shard: int) -> int | None:
         for index in self._choices[shard]:
-            if flight.tag in self._peers[index].calls and self._peers[index].link is not None:
+            peer = self._peers[index]
+            if flight.tag in peer.calls and peer.link is not None:
                 return index
         return None
 
@@ -258,7 +268,8 @@ class FFNGroup:
 
     def _in_order_of_trust(self, shard: int) -> list[int]:
         """The shard's replicas, the preferred one first and those that let a call time out lately last."""
-        return sorted(self._choices[shard], key=self._is_suspected)
+        choices = self._choices[shard]
+        return sorted(choices, key=self._is_suspected) if len(choices) > 1 else choices
 
     # --- links -----------------------------------------------------------------------------------------------------
 

@@ -73,16 +73,19 @@ class FFNWorker:
                     self._answer([incoming])
                 return
             logger.exception("%s: layer %d failed", self.name, batch[0].call.layer)
-            self._reply(batch[0].fail, f"{type(error).__name__}: {error}")
+            self._reply(batch[0], 0, 0, f"{type(error).__name__}: {error}")
             return
         ffn_us = round((time.perf_counter() - started) * 1e6)
-        batch_rows = sum(incoming.call.x.shape[0] for incoming in batch)
+        batch_rows = sum([len(incoming.call.x) for incoming in batch])
         for incoming in batch:
-            self._reply(incoming.answer, ffn_us, batch_rows)
+            self._reply(incoming, ffn_us, batch_rows)
 
-    def _reply(self, verb: object, *values: object) -> None:
+    def _reply(self, incoming: IncomingCall, ffn_us: int, batch_rows: int, problem: str | None = None) -> None:
         try:
-            verb(*values)  # type: ignore[operator]
+            if problem is None:
+                incoming.answer(ffn_us, batch_rows)
+            else:
+                incoming.fail(problem)
         except ServingError as error:  # the caller is gone; whoever takes over its requests will call again
             logger.info("%s: an answer could not be delivered: %s", self.name, error)
 
@@ -94,7 +97,7 @@ class FFNWorker:
         y_TH = self._half.forward(merge([self._half.routed(incoming.call) for incoming in batch]))
         start = 0
         for incoming in batch:
-            rows = incoming.call.x.shape[0]
+            rows = len(incoming.call.x)
             incoming.answer_buffer().copy_(y_TH[start : start + rows])
             start += rows
 

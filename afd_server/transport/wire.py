@@ -36,10 +36,7 @@ class Field:
     offset_bytes: int
     dtype: torch.dtype
     columns: int
-
-    @property
-    def row_bytes(self) -> int:
-        return self.columns * self.dtype.itemsize
+    row_bytes: int
 
 
 class SlotLayout:
@@ -53,6 +50,9 @@ class SlotLayout:
         self.scales = self._place(torch.float32, 1) if shape.wire_dtype == "fp8" else None
         self.topk_ids = self._place(torch.int32, shape.top_k)
         self.topk_weights = self._place(torch.float32, shape.top_k)
+        self._call_row_bytes = {
+            routed: sum(field.row_bytes for field in self.call_fields(routed)) for routed in (False, True)
+        }
         self.call_slot_bytes = _round_up(self._end_bytes, _SLOT_ALIGNMENT_BYTES)
         self._end_bytes = 0
         self.y = self._place(self.answer_dtype, shape.hidden_size)
@@ -71,15 +71,16 @@ class SlotLayout:
         return [*fields, self.topk_ids, self.topk_weights] if routed else fields
 
     def call_bytes(self, rows: int, routed: bool) -> int:
-        return sum(field.row_bytes for field in self.call_fields(routed)) * rows
+        return self._call_row_bytes[routed] * rows
 
     def answer_bytes(self, rows: int) -> int:
         return self.y.row_bytes * rows
 
     def _place(self, dtype: torch.dtype, columns: int) -> Field:
         offset = _round_up(self._end_bytes, _FIELD_ALIGNMENT_BYTES)
-        self._end_bytes = offset + self._max_rows * columns * dtype.itemsize
-        return Field(offset, dtype, columns)
+        row_bytes = columns * dtype.itemsize
+        self._end_bytes = offset + self._max_rows * row_bytes
+        return Field(offset, dtype, columns, row_bytes)
 
 
 class Slots:
@@ -105,9 +106,9 @@ class Slots:
 
     def write_call(self, micro_batch: int, call: FFNCall) -> None:
         """Encodes the call into its slot. The call must fit the link's shape; from a GPU this waits for the copy."""
-        rows, shape = call.x.shape[0], self.shape
+        (rows, hidden_size), shape = call.x.shape, self.shape
         assert 1 <= rows <= shape.max_rows, f"{rows} rows over a link for {shape.max_rows}"
-        assert call.x.shape[1] == shape.hidden_size, f"hidden size {call.x.shape[1]}, not {shape.hidden_size}"
+        assert hidden_size == shape.hidden_size, f"hidden size {hidden_size}, not {shape.hidden_size}"
         start = self.layout.call_start(micro_batch)
         x_TH = self._tensor(start, self.layout.x, rows)
         if self.layout.scales is None:
