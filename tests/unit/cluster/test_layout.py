@@ -4,11 +4,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
-from afd_server.cluster.layout import ffn_shard, link_shape, resolve, threads_per_worker
+from afd_server.cluster import layout
+from afd_server.cluster.layout import ffn_shard, link_shape, operations, resolve, threads_per_worker
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError
+from afd_server.kernels.library import KernelBuildError
 from afd_server.models.halves import FFNShard
+from afd_server.models.operations import TorchOperations
+from afd_server.models.operations_cpu import CPUOperations
 from afd_server.models.spec import DenseSpec, GQASpec, ModelSpec, MoESpec, RopeSpec
 
 DENSE = ModelSpec(
@@ -92,3 +97,41 @@ def test_a_call_carries_expert_ids_only_when_attention_routes():
 )
 def test_sides_that_take_turns_use_all_cores_and_others_share(settings, threads):
     assert threads_per_worker(ServeConfig(**settings), cores=8) == threads
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "kind"), [("auto", CPUOperations), ("native", CPUOperations), ("torch", TorchOperations)]
+)
+def test_what_a_cpu_worker_computes_with(kernels, kind):
+    config = ServeConfig(model="m", dtype="bfloat16", kernels=kernels)
+    computing = operations(config, CPU)
+    assert type(computing) is kind
+    assert computing.activation_dtype == (torch.bfloat16 if kind is TorchOperations else torch.float32)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def fail():
+        raise KernelBuildError("there is no C++ compiler")
+
+    monkeypatch.setattr(layout, "library", fail)
+
+
+def test_without_a_compiler_auto_falls_back_on_torch_and_says_so(no_compiler, caplog):
+    assert isinstance(operations(ServeConfig(model="m", dtype="float32"), CPU), TorchOperations)
+    assert "there is no C++ compiler" in caplog.text
+
+
+@pytest.mark.parametrize("asked", [{"kernels": "native"}, {"quantization": "int8"}])
+def test_what_was_asked_for_is_not_replaced(no_compiler, asked):
+    with pytest.raises(ConfigError, match=r"--kernels: there is no C\+\+ compiler"):
+        operations(ServeConfig(model="m", dtype="float32", **asked), CPU)
+
+
+@pytest.mark.parametrize("setting", [{"device": "cuda"}, {"kernels": "torch"}])
+def test_quantization_needs_the_cpu_kernels(setting):
+    with pytest.raises(ConfigError, match="--quantization"):
+        ServeConfig(model="m", quantization="int8", **setting)
