@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afd_server.attention.draw import draw, likeliest
+from afd_server.attention.draw import Draw, likeliest
 from afd_server.attention.random_numbers import uniform
 from afd_server.types import SampledToken, SamplingParams, StartedRequest, TokenLogprobs
 
@@ -43,6 +43,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._device = device
+        self._draw = Draw(vocab_size, device)
         self._states: dict[str, SamplingState] = {}
 
     def start(self, request: StartedRequest) -> None:
@@ -65,7 +66,9 @@ class Sampler:
         logprobs = _log_probabilities(states, logits_NV)
         logits_NV = self._shape(states, logits_NV)
         tokens = []
-        for row, (request_id, token_id) in enumerate(zip(request_ids, _choose(states, logits_NV), strict=True)):
+        for row, (request_id, token_id) in enumerate(
+            zip(request_ids, self._choose(states, logits_NV), strict=True)
+        ):
             states[row].num_outputs += 1
             counts_V = states[row].output_counts_V
             if counts_V is not None:
@@ -94,6 +97,19 @@ class Sampler:
                 logits_NV[row] = _penalised(state, logits_NV[row])
         return logits_NV
 
+    def _choose(self, states: list[SamplingState], logits_NV: Tensor) -> list[int]:
+        """The token of each row: the likeliest, or where the temperature asks for it a drawn one."""
+        drawn = [row for row, state in enumerate(states) if state.params.temperature >= GREEDY_TEMPERATURE]
+        if not drawn:
+            return likeliest(logits_NV).tolist()
+        params = [states[row].params for row in drawn]
+        uniforms = [uniform(states[row].params.seed, states[row].num_outputs) for row in drawn]
+        if len(drawn) == len(states):
+            return self._draw(logits_NV, params, uniforms).tolist()
+        chosen_N = likeliest(logits_NV)
+        chosen_N[drawn] = self._draw(logits_NV[drawn], params, uniforms)
+        return chosen_N.tolist()
+
 
 def _penalised(state: SamplingState, logits_V: Tensor) -> Tensor:
     """Repetition penalty (arXiv 1909.05858) over prompt and output, then OpenAI's two over the output."""
@@ -102,20 +118,6 @@ def _penalised(state: SamplingState, logits_V: Tensor) -> Tensor:
     scale_V = torch.where(logits_V > 0, 1.0 / params.repetition_penalty, params.repetition_penalty)
     logits_V = torch.where(prompt_mask_V | (counts_V > 0), logits_V * scale_V, logits_V)
     return logits_V - params.frequency_penalty * counts_V - params.presence_penalty * (counts_V > 0)
-
-
-def _choose(states: list[SamplingState], logits_NV: Tensor) -> list[int]:
-    """The token of each row: the likeliest, or where the temperature asks for it a drawn one."""
-    drawn = [row for row, state in enumerate(states) if state.params.temperature >= GREEDY_TEMPERATURE]
-    if not drawn:
-        return likeliest(logits_NV).tolist()
-    params = [states[row].params for row in drawn]
-    uniforms = [uniform(states[row].params.seed, states[row].num_outputs) for row in drawn]
-    if len(drawn) == len(states):
-        return draw(logits_NV, params, uniforms).tolist()
-    chosen_N = likeliest(logits_NV)
-    chosen_N[drawn] = draw(logits_NV[drawn], params, uniforms)
-    return chosen_N.tolist()
 
 
 def _log_probabilities(states: list[SamplingState], logits_NV: Tensor) -> dict[int, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from afd_server.attention import draw as draw_module
-from afd_server.attention.draw import draw, likeliest
+from afd_server.attention.draw import Draw, likeliest
 from afd_server.types import SamplingParams
 from tests.unit.attention.sorted_draw import sorted_draw
 
@@ -57,6 +57,10 @@ DISTRIBUTIONS = {
         0, torch.tensor([5]), 200.0
     ),
 }
+
+
+def draw(logits_NV, params, uniforms):
+    return Draw(logits_NV.shape[1], logits_NV.device)(logits_NV, params, uniforms)
 
 
 def seeded(seed):
@@ -112,19 +116,36 @@ def test_a_row_that_is_no_distribution_spoils_no_other(truncation, spoiled):
     assert 0 <= middle < 300
 
 
+def test_many_rows_are_taken_in_parts(monkeypatch):
+    """The memory of one part serves the next one, and the next step."""
+    params = [SamplingParams(1, **truncation) for truncation in TRUNCATIONS]
+    logits_NV = torch.stack([language_like(300, seeded(row)) for row in range(len(params))])
+    expected = draw(logits_NV, params, [0.6] * len(params)).tolist()
+    monkeypatch.setattr(draw_module, "SCRATCH_BYTES", 5 * 320 * 4)
+    in_parts = Draw(300, torch.device("cpu"))
+    for _ in range(2):
+        assert in_parts(logits_NV, params, [0.6] * len(params)).tolist() == expected
+
+
 def test_a_likely_row_is_not_sorted(monkeypatch):
     """What the module is for: of a peaked row only the candidates are ever sorted."""
-    widths, sort = [], torch.Tensor.sort
+    widths, descending = [], draw_module._descending
 
-    def noted(tensor, *args, **keywords):
-        widths.append(tensor.shape[-1])
-        return sort(tensor, *args, **keywords)
+    def noted(logits_GC):
+        widths.append(logits_GC.shape[-1])
+        return descending(logits_GC)
 
-    monkeypatch.setattr(torch.Tensor, "sort", noted)
+    monkeypatch.setattr(draw_module, "_descending", noted)
     logits_NV = torch.stack([language_like(49152, seeded(row)) for row in range(8)])
     draw(logits_NV, [SamplingParams(1, temperature=0.2, top_p=0.9)] * 8, [0.5] * 8)
     assert widths
     assert max(widths) < draw_module.FEW_CANDIDATES
+
+
+def test_the_order_is_that_of_a_stable_sort():
+    values = torch.tensor([0.0, -0.0, 1.5, -1.5, torch.inf, -torch.inf, 1e-40, -1e-40, 3e38, -3e38, 1.5, -1.5])
+    rows = torch.stack([values, values.flip(0), values[torch.randperm(len(values), generator=seeded(4))]])
+    assert torch.equal(draw_module._descending(rows), rows.sort(dim=-1, descending=True, stable=True).indices)
 
 
 @pytest.mark.parametrize("vocab_size", [64, 100, 49152])
