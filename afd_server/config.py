@@ -17,7 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 KERNELS = ("auto", "native", "torch")
 QUANTIZATIONS = ("int8",)
 WIRE_DTYPES = ("auto", "float32", "bfloat16", "fp8")
-TRANSPORTS = ("auto", "inproc", "shm", "tcp")
+TRANSPORTS = ("auto", "inproc", "shm", "tcp", "direct")
 MAX_MICRO_BATCHES = 4
 
 
@@ -88,7 +88,10 @@ class ServeConfig:
 
     micro_batches: str = option("auto", "pipeline", "micro-batches in flight, 1 to 4; auto: by measured times")
     transport: str = option(
-        "auto", "pipeline", "path of the activations; auto: by where the workers are", TRANSPORTS
+        "auto",
+        "pipeline",
+        "path of the activations; auto: by where workers are; direct: none, for comparison",
+        TRANSPORTS,
     )
     wire_dtype: str = option(
         "auto", "pipeline", "type of activations on the wire; auto: the model's", WIRE_DTYPES
@@ -112,8 +115,10 @@ class ServeConfig:
             raise ConfigError(
                 "--micro-batches", f"{self.micro_batches!r} is not auto or 1 to {MAX_MICRO_BATCHES}"
             )
-        if self.transport == "inproc" and self.executor != "local":
-            raise ConfigError("--transport", "inproc joins threads of one process", "add --executor local")
+        if self.transport in ("inproc", "direct") and self.executor != "local":
+            raise ConfigError(
+                "--transport", f"{self.transport} joins workers of one process", "add --executor local"
+            )
         if self.quantization and (self.kernels == "torch" or self.device == "cuda"):
             raise ConfigError("--quantization", "needs the CPU kernels", "use --device cpu --kernels native")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -31,6 +31,7 @@ from afd_server.router.router import Router
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.transport.base import Listener
 from afd_server.transport.connect import connect
+from afd_server.transport.direct import DirectLink
 from afd_server.transport.inproc import InprocListener
 from afd_server.transport.listener import SocketListener
 from afd_server.types import GenerationRequest, RequestOutput, SamplingParams
@@ -67,7 +68,8 @@ class LocalWorkers:
         # 2. Attention replicas: each loads the attention weights, allocates its KV cache and connects to all of them.
         for index in range(config.attention_workers):
             _check(cancelled)
-            connectors = [self._connector(listener, index, secret) for listener in listeners]
+            connectors = [self._connector(server, listener, index, secret)
+                          for server, listener in zip(self.ffn, listeners, strict=True)]  # fmt: skip
             client = LocalReplicaClient(attention_name(index))
             everyone = config.attention_workers + config.ffn_workers
             replica = AttentionReplica(config, index, connectors, client.deliver, workers_per_gpu=everyone)
@@ -81,11 +83,13 @@ class LocalWorkers:
         )
 
     def _listen(self, index: int, secret: bytes) -> Listener:
-        if self._config.transport == "inproc":
+        if self._config.transport in ("inproc", "direct"):
             return InprocListener(ffn_name(index))
         return SocketListener(ffn_name(index), "local", secret, host="127.0.0.1")
 
-    def _connector(self, listener: Listener, replica: int, secret: bytes) -> Connector:
+    def _connector(self, server: FFNServer, listener: Listener, replica: int, secret: bytes) -> Connector:
+        if self._config.transport == "direct":  # the undivided engine: nobody calls the listener
+            return lambda timeout_s: DirectLink(server.name, server.half.forward)
         shape = link_shape(self._config, read_model_spec(self._config.model))
         if isinstance(listener, InprocListener):
             return lambda timeout_s: listener.connect(shape, replica)

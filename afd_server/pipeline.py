@@ -34,7 +34,8 @@ class Channel(Protocol[CallIn, AnswerOut]):
 
 @dataclass(frozen=True, slots=True)
 class PipelineRun(Generic[Result]):
-    """What the passes returned, in micro-batch order, and how the driving thread spent its time, in seconds."""
+    """What the passes returned, in micro-batch order, and how the driving thread spent its time, in seconds: in the
+    passes, or in the channel, handing calls over and waiting for answers."""
 
     results: list[Result]
     computing_s: float
@@ -60,19 +61,20 @@ def run_pipeline(
     results: list[Result] = []
     computing_s = waiting_s = 0.0
     try:
+        waiting_since = time.perf_counter()
         for micro_batch, hop in hop_order(len(passes), num_hops):
-            waiting_since = time.perf_counter()
             answer = channel.receive(micro_batch) if hop else None
             computing_since = time.perf_counter()
             waiting_s += computing_since - waiting_since
+            call = None
             try:
                 call = passes[micro_batch].send(answer)  # type: ignore[arg-type]  # a generator starts with None
             except StopIteration as end:
                 results.append(end.value)
-                computing_s += time.perf_counter() - computing_since
-                continue
-            computing_s += time.perf_counter() - computing_since
-            channel.send(micro_batch, call)
+            waiting_since = time.perf_counter()
+            computing_s += waiting_since - computing_since
+            if call is not None:
+                channel.send(micro_batch, call)
     finally:
         for forward_pass in passes:
             forward_pass.close()

@@ -149,7 +149,8 @@ class StepTiming:
     """Where the time of one step went, in seconds, summed over its hops (one hop = one layer of one micro-batch).
 
     attention_s: computing on the attention worker. ffn_s: computing on the FFN workers (the slowest shard per hop).
-    wire_s: round trips less the FFN's computing and queueing. bubble_s: the attention worker stood still, waiting.
+    wire_s: round trips less the FFN's computing and queueing, as far as the attention worker did nothing else meanwhile.
+    bubble_s: the attention worker handed calls over or stood still, waiting.
     ffn_rows: rows of the batches that the FFN workers ran for this step's calls, merged with other replicas' calls.
     """
 

@@ -68,12 +68,13 @@ class _Part:
 
 @dataclass(slots=True)
 class _Flight:
-    """A call under way: its tag, its parts by shard, and when it left."""
+    """A call under way: its tag, its parts by shard, when it was to leave, and how long handing it over took."""
 
     tag: CallTag
     call: FFNCall
     parts: dict[int, _Part]
     sent_at: float
+    sending_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -138,6 +139,7 @@ class FFNGroup:
         self._flights[micro_batch] = flight
         for shard in flight.parts:
             self._send_part(flight, shard, deadline=flight.sent_at + self._timeout_s)
+        flight.sending_s = time.monotonic() - flight.sent_at
 
     def receive(self, micro_batch: int) -> Tensor:
         """The sum of all shards' partial results, [T, H] in the model's dtype; valid until the next `send`."""
@@ -146,7 +148,8 @@ class FFNGroup:
         waiting_since = time.monotonic()
         answers = {shard: self._receive_part(flight, shard, deadline) for shard in flight.parts}
         received_at = time.monotonic()
-        self._note_times(answers, received_at - flight.sent_at, waited_s=received_at - waiting_since)
+        waited_s = flight.sending_s + received_at - waiting_since
+        self._note_times(answers, received_at - flight.sent_at, waited_s)
         return self._sum(flight, answers)
 
     # --- dividing and summing --------------------------------------------------------------------------------------

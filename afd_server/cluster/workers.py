@@ -98,6 +98,7 @@ class FFNServer:
         except BaseException:
             listener.close()
             raise
+        self.half = half
         self.info = WorkerInfo(self.name, os.getpid(), device.type, half.weight_bytes())
         self._worker = FFNWorker(self.name, half, listener)
         self._thread = threading.Thread(target=self._worker.serve, name=self.name, daemon=True)

@@ -127,6 +127,14 @@ def test_a_mixture_of_experts_in_every_layout(checkpoints, prompts, layout, tran
     assert_same_as_transformers(directory, prompts, results)
 
 
+@pytest.mark.parametrize("micro_batches", ["1", "2"])
+@pytest.mark.parametrize("layout", ["1A1F", "2A2F ep", "1A4F ep"])
+def test_the_undivided_engine(checkpoints, prompts, layout, micro_batches):
+    directory = checkpoints("mixtral")
+    results = run(directory, prompts, transport="direct", micro_batches=micro_batches, **LAYOUTS[layout])
+    assert_same_as_transformers(directory, prompts, results)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 def test_dense_and_shared_parts_in_every_layout(checkpoints, prompts, family, layout):
