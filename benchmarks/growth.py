@@ -1,0 +1,401 @@
+"""How a decode step's time grows: with context, batch, experts and attention replicas, beside what the roofline says.
+
+    .venv/bin/python benchmarks/growth.py           # under 6 minutes; writes benchmarks/plots/*.png
+    .venv/bin/python benchmarks/growth.py --quick   # a look at smaller shapes, in one minute; keep its plots elsewhere
+
+Context, batch and experts: both halves of a random model called one after the other in this process, so that nothing but
+the step is measured: no wire, no scheduler, no sampling. The layers are those of checkpoints.py's "small", few of them:
+depth only multiplies. Each request decodes one token. Tokens are random in every step, so that experts are; cached keys and
+values are random too, since untouched memory is not read at all. A point is the mean of some steps, in the fastest sweep.
+Experts are added at the same width, 4 of them for each token whatever their number: the model grows, the work does not.
+
+Replicas: the server itself on "tiny", the same number of clients for each replica, times to the next token as clients see
+them. All replicas share this machine's cores and memory, so their attention adds up. What the one FFN worker does adds up as
+well unless it finds calls of several replicas waiting for the same layer: "merged" is the model where it always does, "apart" where
+it never does.
+
+The model is roofline.py's step, on the limits that machine.py measures before and after the points of a plot, the better of the
+two. Its share of the measured time is printed: where it stays the same along a curve, the step grows as the model says.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from checkpoints import SHAPES, Shape, config, write_tokenizer, write_weights
+from load import Load, commit, measure
+from machine import fastest_s, flop_per_s, read_bytes_per_s
+from results import machine
+from roofline import Limits, step_s
+from servers import running, server
+
+from afd_server.models.batch import AttentionBatch
+from afd_server.models.checkpoint import load_attention_half, load_ffn_half, operations_for
+from afd_server.models.families import read_model_spec
+from afd_server.models.halves import FFNShard
+from afd_server.models.spec import DenseSpec, ModelSpec
+from afd_server.types import ScheduledRequest
+
+PLOTS = Path(__file__).parent / "plots"
+CPU = torch.device("cpu")
+BLOCK_SIZE = 16
+ELEMENT_BYTES = 4  # float32
+SWEEPS = 3  # the fastest counts: others may use the machine
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. Contexts and batches come in pairs of (fixed values, values that grow)."""
+
+    layers: Shape
+    contexts: tuple[int, ...]
+    context_batches: tuple[int, ...]
+    batches: tuple[int, ...]
+    batch_contexts: tuple[int, ...]
+    experts: tuple[int, ...]
+    expert_layers: int
+    expert_batches: tuple[int, ...]
+    replicas: tuple[int, ...]
+    steps: int  # of a sweep
+    load: Load
+
+
+FULL = Sizes(
+    layers=replace(SHAPES["small"], layers=4),
+    contexts=(1, 4, 16, 64, 256, 1024, 4096, 8192),
+    context_batches=(1, 8),
+    batches=(1, 2, 4, 8, 16, 32, 64, 128),
+    batch_contexts=(64, 512),
+    experts=(8, 16, 32, 64, 128),
+    expert_layers=2,
+    expert_batches=(1, 8, 32),
+    replicas=(1, 2, 3, 4),
+    steps=6,
+    load=Load(rounds=1, input_words=32, output_tokens=64),
+)
+QUICK = replace(
+    FULL,
+    layers=replace(SHAPES["small"], layers=1, vocab=8192),
+    contexts=(1, 64, 1024),
+    batches=(1, 8, 64),
+    batch_contexts=(64,),
+    experts=(8, 32),
+    expert_layers=1,
+    expert_batches=(8,),
+    replicas=(1, 2),
+    steps=3,
+    load=Load(rounds=1, input_words=32, output_tokens=32),
+)
+REPLICA_CLIENTS = 8  # of each replica
+EXPERT_CONTEXT = 64
+
+
+@dataclass
+class Curve:
+    """Measured points, and the model's line at the same places: seconds of a step. xs ascend."""
+
+    name: str
+    xs: list[int] = field(default_factory=list)
+    measured_s: list[float] = field(default_factory=list)
+    model_s: dict[str, list[float]] = field(default_factory=dict)  # by the line's name, "" for the only one
+
+
+@dataclass
+class Plot:
+    """One way of growing. about: what stays the same."""
+
+    name: str
+    x_label: str
+    about: str
+    limits: Limits
+    curves: list[Curve]
+
+
+# --- the halves in this process ------------------------------------------------------------------------------------------
+
+
+class Halves:
+    """Both halves of a random model with a filled cache, called in turn as the two workers would be."""
+
+    def __init__(self, directory: Path, cache_tokens: int) -> None:
+        self.spec = read_model_spec(directory)
+        where = {"device": CPU, "dtype": torch.float32, "gate_on": "attention",
+                 "operations": operations_for(CPU, torch.float32, "native")}  # fmt: skip
+        self._attention = load_attention_half(directory, self.spec, **where)  # type: ignore[arg-type]
+        self._ffn = load_ffn_half(directory, self.spec, FFNShard(), **where)  # type: ignore[arg-type]
+        self.num_blocks = -(-cache_tokens // BLOCK_SIZE)
+        shape = (self.num_blocks, BLOCK_SIZE, *self.spec.attention.cache_entry_shape)
+        self._cache = [torch.randn(shape) for _ in range(self.spec.num_layers)]
+
+    @torch.inference_mode()
+    def step(self, requests: Sequence[ScheduledRequest], chosen: list[torch.Tensor]) -> torch.Tensor:
+        """Logits of the requests; chosen grows by the experts' ids of each layer, [T, K]."""
+        forward_pass = self._attention.forward(AttentionBatch.build(requests, BLOCK_SIZE, CPU), self._cache)
+        answer = None
+        while True:
+            try:
+                call = forward_pass.send(answer)  # type: ignore[arg-type]  # a generator starts with None
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            chosen.append(call.topk_ids)
+            answer = self._ffn.forward(call)
+
+    def mean_step_s(self, steps: Sequence[Sequence[ScheduledRequest]]) -> tuple[float, float]:
+        """Seconds of a step in the fastest sweep through them, and the different experts that a layer had to read."""
+        chosen: list[torch.Tensor] = []
+
+        def sweep() -> None:
+            chosen.clear()
+            for requests in steps:
+                self.step(requests, chosen)
+
+        seconds = fastest_s(sweep, SWEEPS) / len(steps)
+        return seconds, sum(len(ids.unique()) for ids in chosen) / len(chosen)
+
+
+def decoding(
+    batch: int, context: int, vocab: int, num_blocks: int, generator: torch.Generator
+) -> list[ScheduledRequest]:
+    """A step in which each of the requests decodes a random token, the last of `context` ones, in blocks of its own."""
+    each = -(-context // BLOCK_SIZE)
+    tables = torch.randperm(num_blocks, generator=generator)[: batch * each].view(batch, each).tolist()
+    tokens = torch.randint(vocab, (batch,), generator=generator).tolist()
+    return [
+        ScheduledRequest(str(index), context - 1, (token,), tuple(table), samples=True)
+        for index, (token, table) in enumerate(zip(tokens, tables, strict=True))
+    ]
+
+
+def random_checkpoint(shape: Shape, directory: Path) -> Path:
+    (directory / "config.json").write_text(json.dumps(config(shape)))
+    write_tokenizer(shape.vocab, directory)
+    write_weights(shape, directory, seed=0)
+    return directory
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def decode_s(spec: ModelSpec, limits: Limits, batch: int, context: float) -> float:
+    """Seconds that the roofline gives one decode step."""
+    return step_s(
+        spec, limits, rows=batch, samples=batch, context=context, kv_reads=batch * context, size=ELEMENT_BYTES
+    )
+
+
+def replicas_s(spec: ModelSpec, limits: Limits, replicas: int, batch: int, context: float) -> dict[str, float]:
+    """Seconds in which every replica decodes one step of `batch` rows, FFN calls of all replicas merged, or none."""
+    without_ffn = replace(spec, ffn=(DenseSpec(0),) * spec.num_layers)
+
+    def ffn_s(rows: int) -> float:
+        return decode_s(spec, limits, rows, context) - decode_s(without_ffn, limits, rows, context)
+
+    attention_s = replicas * decode_s(without_ffn, limits, batch, context)
+    return {"merged": attention_s + ffn_s(replicas * batch), "apart": attention_s + replicas * ffn_s(batch)}
+
+
+def measured_limits() -> Limits:
+    threads = torch.get_num_threads()
+    return Limits(read_bytes_per_s(threads), flop_per_s(threads))
+
+
+def better(a: Limits, b: Limits) -> Limits:
+    return Limits(max(a.bytes_per_s, b.bytes_per_s), max(a.flop_per_s, b.flop_per_s))
+
+
+# --- the four plots --------------------------------------------------------------------------------------------------
+
+
+def measured_curve(name: str, halves: Halves, sizes: Sizes, points: Sequence[tuple[int, int, int]]) -> Curve:
+    """points: (x, batch, context)."""
+    curve = Curve(name)
+    generator = torch.Generator().manual_seed(0)
+    for x, batch, context in points:
+        steps = [
+            decoding(batch, context, halves.spec.vocab_size, halves.num_blocks, generator)
+            for _ in range(sizes.steps)
+        ]
+        seconds, experts = halves.mean_step_s(steps)
+        curve.xs.append(x)
+        curve.measured_s.append(seconds)
+        print(f"  {name}: {x:>5}  {seconds * 1e3:>8.2f} ms, {experts:.1f} experts read in a layer", flush=True)
+    return curve
+
+
+def context_and_batch(sizes: Sizes) -> Iterator[Plot]:
+    """Two plots on one model."""
+    layers = f"{sizes.layers.layers} layers of hidden {sizes.layers.hidden}, {sizes.layers.experts} experts"
+    most = max(max(sizes.contexts) * max(sizes.context_batches), max(sizes.batches) * max(sizes.batch_contexts))
+    with tempfile.TemporaryDirectory(prefix="growth-") as directory:
+        halves = Halves(random_checkpoint(sizes.layers, Path(directory)), most)
+    before = measured_limits()
+    curves = [
+        measured_curve(
+            f"batch {batch}", halves, sizes, [(context, batch, context) for context in sizes.contexts]
+        )
+        for batch in sizes.context_batches
+    ]
+    limits = better(before, after := measured_limits())
+    for curve, batch in zip(curves, sizes.context_batches, strict=True):
+        curve.model_s[""] = [decode_s(halves.spec, limits, batch, context) for context in curve.xs]
+    yield Plot("context", "context, tokens", layers, limits, curves)
+
+    curves = [
+        measured_curve(
+            f"context {context}", halves, sizes, [(batch, batch, context) for batch in sizes.batches]
+        )
+        for context in sizes.batch_contexts
+    ]
+    limits = better(after, measured_limits())
+    for curve, context in zip(curves, sizes.batch_contexts, strict=True):
+        curve.model_s[""] = [decode_s(halves.spec, limits, batch, context) for batch in curve.xs]
+    yield Plot("batch", "batch, requests", layers, limits, curves)
+
+
+def experts(sizes: Sizes) -> Plot:
+    """One model for each number of experts; every batch on each."""
+    shape = replace(sizes.layers, layers=sizes.expert_layers, vocab=8192)
+    curves = {batch: Curve(f"batch {batch}") for batch in sizes.expert_batches}
+    specs = []
+    limits = measured_limits()
+    for count in sizes.experts:
+        with tempfile.TemporaryDirectory(prefix="growth-") as directory:
+            checkpoint = random_checkpoint(replace(shape, experts=count), Path(directory))
+            halves = Halves(checkpoint, max(sizes.expert_batches) * EXPERT_CONTEXT)
+        specs.append(halves.spec)
+        for batch, curve in curves.items():
+            point = measured_curve(curve.name, halves, sizes, [(count, batch, EXPERT_CONTEXT)])
+            curve.xs += point.xs
+            curve.measured_s += point.measured_s
+    limits = better(limits, measured_limits())
+    for batch, curve in curves.items():
+        curve.model_s[""] = [decode_s(spec, limits, batch, EXPERT_CONTEXT) for spec in specs]
+    about = f"{shape.layers} layers of hidden {shape.hidden}, experts of width {shape.expert_width}, {shape.top_k} a token, context {EXPERT_CONTEXT}"
+    return Plot("experts", "experts in a layer", about, limits, list(curves.values()))
+
+
+def replicas(sizes: Sizes) -> Plot:
+    """The server, started anew for each number of replicas."""
+    load = sizes.load
+    context = load.input_words + load.output_tokens / 2
+    curve = Curve(f"{REPLICA_CLIENTS} clients each", model_s={"merged": [], "apart": []})
+    limits = measured_limits()
+    with tempfile.TemporaryDirectory(prefix="growth-") as directory:
+        model = random_checkpoint(SHAPES["tiny"], Path(directory))
+        spec = read_model_spec(model)
+        for count in sizes.replicas:
+            with running(server("afd", f"--attention-workers {count}"), model, "float32") as (url, _):
+                clients = REPLICA_CLIENTS * count
+                asyncio.run(measure(url, None, clients, replace(load, output_tokens=8, seed=load.seed + 1)))
+                tpot_ms = asyncio.run(measure(url, None, clients, load)).tpot_p50_ms
+            curve.xs.append(count)
+            curve.measured_s.append(tpot_ms / 1e3)
+            print(f"  {curve.name}: {count:>5}  {tpot_ms:>8.2f} ms", flush=True)
+    limits = better(limits, measured_limits())
+    for count in curve.xs:
+        for name, seconds in replicas_s(spec, limits, count, REPLICA_CLIENTS, context).items():
+            curve.model_s[name].append(seconds)
+    return Plot(
+        "replicas", "attention replicas on this host", "the server on tiny, 1 FFN worker", limits, [curve]
+    )
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def print_table(plot: Plot) -> None:
+    print(
+        f"{plot.name}: {plot.about}; {plot.limits.bytes_per_s / 1e9:.1f} GB/s, {plot.limits.flop_per_s / 1e9:.0f} GFLOP/s"
+    )
+    print(f"{'curve':<18} {plot.name:>8} {'step ms':>9}  the model's ms, and its share")
+    for curve in plot.curves:
+        for index, (x, measured_s) in enumerate(zip(curve.xs, curve.measured_s, strict=True)):
+            lines = (
+                f"{name} {line[index] * 1e3:>8.2f} {line[index] / measured_s:>5.0%}"
+                for name, line in curve.model_s.items()
+            )
+            print(f"{curve.name:<18} {x:>8} {measured_s * 1e3:>9.2f}  {'   '.join(lines)}")
+    print(flush=True)
+
+
+def draw(plot: Plot, caption: str, directory: Path) -> Path:
+    """A PNG file: points as measured, the model's lines, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    for number, curve in enumerate(plot.curves):
+        axes.plot(
+            curve.xs,
+            [1e3 * s for s in curve.measured_s],
+            "o",
+            color=f"C{number}",
+            label=f"{curve.name}, measured",
+        )
+        for (name, line), style in zip(curve.model_s.items(), ("-", "--"), strict=False):
+            label = f"{curve.name}, roofline{f', {name}' if name else ''}"
+            axes.plot(curve.xs, [1e3 * s for s in line], style, color=f"C{number}", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=10)
+    ticks = sorted({x for curve in plot.curves for x in curve.xs})
+    axes.set_xticks(ticks, [str(x) for x in ticks])
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel("decode step, ms")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend(fontsize=8)
+    axes.set_title(plot.about, fontsize=10)
+    figure.supxlabel(caption, fontsize=7, color="gray")
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"{plot.name}.png"
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return file
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller shapes and fewer points")
+    parser.add_argument(
+        "--only", nargs="+", choices=["halves", "experts", "replicas"], help="one part, not all"
+    )
+    parser.add_argument("--plots", type=Path, default=PLOTS, help="directory that the plots are written to")
+    arguments = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the plots need matplotlib: pip install -e '.[bench]'")
+    sizes = QUICK if arguments.quick else FULL
+    parts = arguments.only or ["halves", "experts", "replicas"]
+    plots: list[Plot] = []
+    if "halves" in parts:
+        plots += context_and_batch(sizes)
+    if "experts" in parts:
+        plots.append(experts(sizes))
+    if "replicas" in parts:
+        plots.append(replicas(sizes))
+    for plot in plots:
+        print_table(plot)
+        caption = (f"{machine()}, commit {commit()}; roofline at {plot.limits.bytes_per_s / 1e9:.1f} GB/s, "
+                   f"{plot.limits.flop_per_s / 1e9:.0f} GFLOP/s, measured in the same run")  # fmt: skip
+        draw(plot, caption, arguments.plots)
+    print(json.dumps({
+        "commit": commit(), "machine": machine(), "quick": arguments.quick,
+        "plots": [dataclasses.asdict(plot) for plot in plots],
+    }))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
