@@ -1,0 +1,115 @@
+"""Decode attention over a paged cache on a GPU: one row per request, split over its context, nothing gathered.
+
+What lives here: the call, how the work is cut, and the plain torch that it equals. What does not: the kernels
+(attention_triton.py), prompt chunks (several rows of a request: models/paged_attention.py), and who writes the cache.
+
+Shapes: T rows, each of a request of its own; N query heads, G key heads, K width of a key, V of a value, B blocks of the
+longest request, S splits of a context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd_server.kernels.gpu.device import num_multiprocessors
+
+# Fewer entries than this are not worth a program of their own: writing and combining its part costs as much.
+_MIN_ENTRIES_PER_SPLIT = 256
+_MAX_SPLITS = 128
+# More programs than multiprocessors, so that requests of different lengths even out.
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTile:
+    """What one program holds: query heads of one key head, and entries it reads at a time."""
+
+    heads: int
+    entries: int
+    num_warps: int
+    num_stages: int
+
+
+def paged_decode_attention(
+    query_TNK: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    *,
+    value_dim: int | None = None,
+    out: Tensor | None = None,
+    splits: int | None = None,
+    tile: AttentionTile | None = None,
+) -> Tensor:
+    """[T, N, V]: row t's heads over the first lengths[t] entries of its request, in the query's dtype.
+
+    cache: [blocks, block_size, 2, G, K] keys and values, or [blocks, block_size, K] entries that are the key and, in their
+    first value_dim elements, the value of one head; float32 or bfloat16. block_tables: [T, B] int32, lengths: [T] int32. A
+    length of 0 gives zeros, so that the rows which fill up a CUDA graph's batch cost nothing. Softmax is done in float32; the
+    query and the probabilities are rounded to the cache's dtype before they are multiplied. splits and tile are chosen
+    from the shapes where they are not given. The same shapes give the same bits.
+    """
+    from afd_server.kernels.gpu import attention_triton
+
+    rows, num_heads, key_dim = query_TNK.shape
+    latent = cache.dim() == 3
+    value_dim = value_dim or key_dim
+    num_key_heads = 1 if latent else cache.shape[3]
+    assert cache.shape[-1] == key_dim and cache.stride(-1) == 1 and query_TNK.stride(-1) == 1
+    assert latent or value_dim == key_dim, "only latent entries have values narrower than their keys"
+    assert num_heads % num_key_heads == 0 and len(block_tables) == len(lengths) == rows
+    assert block_tables.dtype is lengths.dtype is torch.int32 and block_tables.stride(1) == 1
+    if out is None:
+        out = torch.empty(rows, num_heads, value_dim, dtype=query_TNK.dtype, device=query_TNK.device)
+    assert out.shape == (rows, num_heads, value_dim) and out.stride(-1) == 1
+    tile = tile or choose_tile(num_heads // num_key_heads, key_dim, cache.dtype)
+    if splits is None:
+        programs = rows * num_key_heads * -(-(num_heads // num_key_heads) // tile.heads)
+        max_length = block_tables.shape[1] * cache.shape[1]
+        splits = choose_splits(programs, max_length, num_multiprocessors(query_TNK.device))
+    if rows:
+        attention_triton.launch(query_TNK, cache, block_tables, lengths, scale, value_dim, out, splits, tile)
+    return out
+
+
+def choose_splits(programs: int, max_length: int, multiprocessors: int) -> int:
+    """Parts of every context, so that `programs` times as many keep the device busy; 1 where they do so alone."""
+    wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(programs, 1))
+    return max(1, min(wanted, max_length // _MIN_ENTRIES_PER_SPLIT, _MAX_SPLITS))
+
+
+def choose_tile(heads_per_key: int, key_dim: int, dtype: torch.dtype) -> AttentionTile:
+    """Entries so that two stages of keys and values fit the shared memory of a Hopper multiprocessor beside the query."""
+    heads = min(64, max(16, 1 << (heads_per_key - 1).bit_length()))
+    entry_bytes = key_dim * dtype.itemsize
+    entries = 32 if entry_bytes > 512 else 64
+    return AttentionTile(heads, entries, num_warps=8 if key_dim > 128 and heads > 16 else 4, num_stages=2)
+
+
+def paged_decode_attention_reference(
+    query_TNK: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    *,
+    value_dim: int | None = None,
+) -> Tensor:
+    """The same in plain torch, in the query's dtype or float32 if that is wider, request by request."""
+    rows, num_heads, key_dim = query_TNK.shape
+    value_dim = value_dim or key_dim
+    exact = torch.promote_types(query_TNK.dtype, torch.float32)
+    outputs = torch.zeros(rows, num_heads, value_dim, dtype=exact, device=query_TNK.device)
+    for row, length in enumerate(lengths.tolist()):
+        entries = cache[block_tables[row].long()].flatten(0, 1)[:length].to(exact)
+        keys, values = (
+            entries.unbind(1) if cache.dim() == 5 else (entries[:, None], entries[:, None, :value_dim])
+        )
+        query_GMK = query_TNK[row].to(exact).unflatten(0, (keys.shape[1], -1))
+        scores_GML = torch.einsum("gmk,lgk->gml", query_GMK, keys) * scale
+        outputs[row] = torch.einsum("gml,lgv->gmv", scores_GML.softmax(-1), values).flatten(0, 1)
+    return outputs.to(query_TNK.dtype)
