@@ -1,10 +1,10 @@
 """The sampler alone: microseconds from a step's logits to its tokens, by rows, vocabulary and kind of request.
 
-    .venv/bin/python benchmarks/sampling.py --threads 1
+    .venv/bin/python benchmarks/sampling.py
 
 The logits are language-like: most tokens around nothing, some tens of them far above. "flat" has no such tokens, as the
-random checkpoints of checkpoints.py: the worst case for a sampler that looks at the likely tokens first. The best and the
-median of the calls are shown, since others may use the machine. The last line is JSON.
+random checkpoints of checkpoints.py may be: the worst case for a sampler that looks at the likely tokens first. It computes on one thread. The best
+and the median of the calls are shown, since others may use the machine. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -63,10 +63,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[49152, 151936])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.5, help="of each line")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     print(f"{'kind':<14} {'vocabulary':>10} {'rows':>5} {'best us':>9} {'median us':>10}")
     results = []
     for kind in KINDS:
@@ -81,7 +79,7 @@ def main() -> int:
                     "kind": kind, "vocabulary": vocab_size, "rows": num_rows,
                     "best_us": round(best_us, 1), "median_us": round(median_us, 1),
                 })  # fmt: skip
-    print(json.dumps({"threads": arguments.threads, "results": results}))
+    print(json.dumps({"results": results}))
     return 0
 
 

@@ -133,6 +133,19 @@ def test_the_callers_logits_stay_as_they_are(logits_V):
     assert torch.equal(logits_V, before)
 
 
+def test_the_number_of_threads_stays_as_it_is(logits_V):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        sample(logits_V, SamplingParams(1))
+        assert torch.get_num_threads() == 3
+        with pytest.raises(KeyError):
+            Sampler(VOCAB, [EOS], torch.device("cpu")).sample(["unknown"], logits_V[None])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_random_numbers_are_uniform_and_know_only_seed_and_position():
     values = [uniform(seed, position) for seed in range(-50, 50) for position in range(100)]
     assert uniform(3, 4) == uniform(3, 4) != uniform(4, 3)
