@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/sampling.py
 
 The logits are language-like: most tokens around nothing, some tens of them far above. "flat" has no such tokens, as the
-random checkpoints of checkpoints.py may be: the worst case for a sampler that looks at the likely tokens first. It computes on one thread. The best
-and the median of the calls are shown, since others may use the machine. The last line is JSON.
+random checkpoints of checkpoints.py may be: the worst case for a sampler that looks at the likely tokens first. It
+computes on one thread. The best and the median of the calls are shown, since others may use the machine. The last line is
+JSON.
 """
 
 from __future__ import annotations

@@ -96,7 +96,8 @@ class Router:
     # --- requests --------------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
-        """The request's outputs, the last of which has a finish_reason. No token comes twice.
+        """The request's outputs, the last of which has a finish_reason. No token comes twice; what waits together for the
+        reader comes as one output.
 
         Closing the generator before that aborts the request at its replica, at once. Raises UnavailableError when no
         replica lives, when the replica dies and no other takes over in time, and when the router closes.

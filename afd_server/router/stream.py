@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from itertools import chain
 
 from afd_server.errors import UnavailableError
-from afd_server.types import GenerationRequest, RequestOutput
+from afd_server.types import FinishReason, GenerationRequest, RequestOutput
+
+# Ends without a token of their own. What came before them reaches the client first.
+FAILURES = (FinishReason.ERROR, FinishReason.ABORT)
 
 
 class Stream:
     """The outputs of one request, in order and each once, whoever produces them.
 
+    Those that wait together leave as one: a reader that has fallen behind catches up at the price of a single output.
     The queue is unbounded but its content is not: each output holds at least one of the request's max_tokens tokens,
     so a client that reads slowly costs no more memory than its own answer.
     """
@@ -23,7 +30,8 @@ class Stream:
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self._token_ids: list[int] = []
-        self._waiting: asyncio.Queue[RequestOutput | UnavailableError] = asyncio.Queue()
+        self._waiting: deque[RequestOutput | UnavailableError] = deque()
+        self._news = asyncio.Event()
         self._give_up: asyncio.TimerHandle | None = None
 
     @property
@@ -39,18 +47,28 @@ class Stream:
         if self.has_output and output.cached_tokens:  # the first output of the replica, not of the request
             output = dataclasses.replace(output, cached_tokens=0)
         self._token_ids += output.token_ids
-        self._waiting.put_nowait(output)
+        self._wake(output)
 
     def fail(self, reason: str) -> None:
         """Nobody will produce the rest."""
-        self._waiting.put_nowait(UnavailableError(reason))
+        self._wake(UnavailableError(reason))
 
     async def next(self) -> RequestOutput:
-        """The next output. Raises UnavailableError after `fail`."""
-        item = await self._waiting.get()
-        if isinstance(item, UnavailableError):
-            raise item
-        return item
+        """All that has come since the last call, at least one output. Raises UnavailableError after `fail`."""
+        while not self._waiting:
+            self._news.clear()
+            await self._news.wait()
+        first = self._waiting.popleft()
+        if isinstance(first, UnavailableError):
+            raise first
+        outputs = [first]
+        while self._waiting:
+            following = self._waiting[0]
+            if isinstance(following, UnavailableError) or following.finish_reason in FAILURES:
+                break
+            self._waiting.popleft()
+            outputs.append(following)
+        return joined(outputs)
 
     def resumed(self) -> GenerationRequest:
         """The request for a replica that is to go on from here."""
@@ -67,3 +85,19 @@ class Stream:
         if self._give_up is not None:
             self._give_up.cancel()
             self._give_up = None
+
+    def _wake(self, news: RequestOutput | UnavailableError) -> None:
+        self._waiting.append(news)
+        self._news.set()
+
+
+def joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Successive outputs of one request as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return dataclasses.replace(
+        outputs[-1],
+        token_ids=tuple(chain.from_iterable(output.token_ids for output in outputs)),
+        logprobs=tuple(chain.from_iterable(output.logprobs for output in outputs)),
+        cached_tokens=sum(output.cached_tokens for output in outputs),
+    )
