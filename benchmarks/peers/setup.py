@@ -58,6 +58,7 @@ class Peer:
     start: tuple[str, ...]
     variables: dict[str, str]
     ignore_eos: bool
+    exact: bool  # computes all of a float32 model in float32, so that its greedy text is the others'
     setup: Setup | None
 
     @property
@@ -84,7 +85,15 @@ def read_peer(name: str) -> Peer:
             tuple(steps.get("uninstall", ())),
             steps.get("variables", {}),
         )
-    return Peer(name, table["about"], tuple(table["start"]), table["variables"], table["ignore_eos"], setup)
+    return Peer(
+        name,
+        table["about"],
+        tuple(table["start"]),
+        table["variables"],
+        table["ignore_eos"],
+        table["exact"],
+        setup,
+    )
 
 
 def set_up(setup: Setup) -> None:
