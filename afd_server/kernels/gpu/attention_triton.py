@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from afd_server.kernels.gpu.product_triton import how_to_multiply, product
+from afd_server.kernels.gpu.arithmetic_triton import how_to_multiply, product
 
 # Splits that the combination reads at a time.
 _COMBINED_SPLITS = 16
@@ -63,7 +63,7 @@ def _partial_attention(
     partial_row_stride, partial_split_stride, partial_head_stride,
     BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, LATENT: tl.constexpr,
     DIM: tl.constexpr, DIM_POWER: tl.constexpr, REST: tl.constexpr, REST_POWER: tl.constexpr,
-    HEADS: tl.constexpr, ENTRIES: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    HEADS: tl.constexpr, ENTRIES: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One row, some heads of one key head, one part of the context: its normed output and the log of its exponentials' sum.
 
@@ -103,12 +103,12 @@ def _partial_attention(
         )
         keys = tl.load(cache + place[:, None] + dim[None, :], mask=seen[:, None] & own_dim[None, :], other=0.0)
         scores = tl.full([HEADS, ENTRIES], 0.0, tl.float32)
-        scores = product(queries, tl.trans(keys), scores, PRECISION, WIDEN)
+        scores = product(queries, tl.trans(keys), scores, PRECISION, INTERPRETED)
         if LATENT:
             keys_rest = tl.load(
                 cache + place[:, None] + rest[None, :], mask=seen[:, None] & own_rest[None, :], other=0.0
             )
-            scores = product(queries_rest, tl.trans(keys_rest), scores, PRECISION, WIDEN)
+            scores = product(queries_rest, tl.trans(keys_rest), scores, PRECISION, INTERPRETED)
             values = keys
         else:
             values = tl.load(
@@ -121,7 +121,7 @@ def _partial_attention(
         shrink = tl.exp2(highest - new_highest)
         weights = tl.exp2(scores - new_highest[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        output = product(weights.to(values.dtype), values, output * shrink[:, None], PRECISION, WIDEN)
+        output = product(weights.to(values.dtype), values, output * shrink[:, None], PRECISION, INTERPRETED)
         highest = new_highest
 
     empty = total == 0.0
