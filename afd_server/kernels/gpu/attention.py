@@ -83,11 +83,13 @@ def choose_splits(programs: int, max_length: int, multiprocessors: int) -> int:
 
 
 def choose_tile(heads_per_key: int, key_dim: int, dtype: torch.dtype) -> AttentionTile:
-    """Entries so that two stages of keys and values fit the shared memory of a Hopper multiprocessor beside the query."""
+    """So that two stages of keys and values fit the shared memory of a Hopper multiprocessor beside the query, and no
+    register spills (benchmarks/gpu/resources.py). float32, which tensor cores do not multiply, is for tests."""
+    if dtype is torch.float32:
+        return AttentionTile(heads=16, entries=16, num_warps=4, num_stages=2)
     heads = min(64, max(16, 1 << (heads_per_key - 1).bit_length()))
-    entry_bytes = key_dim * dtype.itemsize
-    entries = 32 if entry_bytes > 512 else 64
-    return AttentionTile(heads, entries, num_warps=8 if key_dim > 128 and heads > 16 else 4, num_stages=2)
+    num_warps = 8 if heads > 16 and key_dim > 128 else 4
+    return AttentionTile(heads, 64 if key_dim <= 256 else 32, num_warps, num_stages=2)
 
 
 def paged_decode_attention_reference(

@@ -67,8 +67,7 @@ def _partial_attention(
 ):  # fmt: skip
     """One row, some heads of one key head, one part of the context: its normed output and the log of its exponentials' sum.
 
-    A key is DIM elements that are shaped like a value and REST more (a latent entry's rotated part, else none). A latent
-    entry is read once: its first part serves as key and as value.
+    A key is DIM elements that are shaped like a value and REST more (a latent entry's rotated part, else none).
     """
     row, key_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1) // head_tiles, tl.program_id(2)
     local_head = tl.program_id(1) % head_tiles * HEADS + tl.arange(0, HEADS)
@@ -78,64 +77,65 @@ def _partial_attention(
     entries_per_split = tl.cdiv(tl.cdiv(length, SPLITS), ENTRIES) * ENTRIES
     start = split * entries_per_split
     stop = tl.minimum(start + entries_per_split, length)
-
-    dim = tl.arange(0, DIM_POWER)
-    own_dim = dim < DIM
-    rest = DIM + tl.arange(0, REST_POWER)
-    own_rest = rest < DIM + REST
-    query_row = query + row * query_row_stride + head[:, None] * query_head_stride
-    queries = tl.load(query_row + dim[None, :], mask=own_head[:, None] & own_dim[None, :], other=0.0)
-    queries = queries.to(cache.dtype.element_ty)
+    dim, rest = tl.arange(0, DIM_POWER), DIM + tl.arange(0, REST_POWER)
+    at = query + row * query_row_stride + head[:, None] * query_head_stride
+    queries = tl.load(at + dim[None, :], mask=own_head[:, None] & (dim < DIM)[None, :], other=0.0)
+    queries_rest = queries
     if LATENT:
-        queries_rest = tl.load(query_row + rest[None, :], mask=own_head[:, None] & own_rest[None, :], other=0.0)
-        queries_rest = queries_rest.to(cache.dtype.element_ty)
+        own_rest = own_head[:, None] & (rest < DIM + REST)[None, :]
+        queries_rest = tl.load(at + rest[None, :], mask=own_rest, other=0.0)
+    queries, queries_rest = queries.to(cache.dtype.element_ty), queries_rest.to(cache.dtype.element_ty)
 
-    highest = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.full([HEADS], 0.0, tl.float32)
+    highest, total = tl.full([HEADS], float("-inf"), tl.float32), tl.full([HEADS], 0.0, tl.float32)
     output = tl.full([HEADS, DIM_POWER], 0.0, tl.float32)
     for first in range(start, stop, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
-        seen = entry < stop
-        block = tl.load(block_tables + row * table_stride + entry // BLOCK_SIZE, mask=seen, other=0)
+        block = tl.load(block_tables + row * table_stride + entry // BLOCK_SIZE, mask=entry < stop, other=0)
         # Caches are larger than what 32 bits can address.
-        place = (
-            block.to(tl.int64) * block_stride + (entry % BLOCK_SIZE) * token_stride + key_head * key_head_stride
-        )
-        keys = tl.load(cache + place[:, None] + dim[None, :], mask=seen[:, None] & own_dim[None, :], other=0.0)
-        scores = tl.full([HEADS, ENTRIES], 0.0, tl.float32)
-        scores = product(queries, tl.trans(keys), scores, PRECISION, INTERPRETED)
-        if LATENT:
-            keys_rest = tl.load(
-                cache + place[:, None] + rest[None, :], mask=seen[:, None] & own_rest[None, :], other=0.0
-            )
-            scores = product(queries_rest, tl.trans(keys_rest), scores, PRECISION, INTERPRETED)
-            values = keys
-        else:
-            values = tl.load(
-                cache + place[:, None] + value_offset + dim[None, :],
-                mask=seen[:, None] & own_dim[None, :],
-                other=0.0,
-            )
-        scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))  # finite: a part's tiles have an entry each
+        entries = cache + block.to(tl.int64) * block_stride + entry % BLOCK_SIZE * token_stride
+        scores, values = _scores_and_values(
+            queries, queries_rest, entries + key_head * key_head_stride, entry < stop, value_offset, scale_log2,
+            LATENT, DIM, DIM_POWER, REST, REST_POWER, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        new_highest = tl.maximum(highest, tl.max(scores, 1))  # finite: there is an entry in every tile
         shrink = tl.exp2(highest - new_highest)
         weights = tl.exp2(scores - new_highest[:, None])
         total = total * shrink + tl.sum(weights, 1)
         output = product(weights.to(values.dtype), values, output * shrink[:, None], PRECISION, INTERPRETED)
         highest = new_highest
 
-    empty = total == 0.0
-    output = output / tl.where(empty, 1.0, total)[:, None]
-    place = (
-        partial + row * partial_row_stride + split * partial_split_stride + head[:, None] * partial_head_stride
-    )
-    written = own_head[:, None] & own_dim[None, :]
+    total_or_1 = tl.where(total == 0.0, 1.0, total)
+    output = output / total_or_1[:, None]
+    at = partial + row * partial_row_stride + split * partial_split_stride + head[:, None] * partial_head_stride
+    written = own_head[:, None] & (dim < DIM)[None, :]
     if SPLITS > 1:
         written = written & (start < length)  # the combination reads no part that is empty
         num_heads = tl.num_programs(1) // head_tiles * heads_per_key
-        log_sum = tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, total)))
+        log_sum = tl.where(total == 0.0, float("-inf"), highest + tl.log2(total_or_1))
         tl.store(log_sums + (row * num_heads + head) * SPLITS + split, log_sum, mask=own_head)
-    tl.store(place + dim[None, :], output.to(partial.dtype.element_ty), mask=written)
+    tl.store(at + dim[None, :], output.to(partial.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _scores_and_values(
+    queries, queries_rest, entries, seen, value_offset, scale_log2,
+    LATENT: tl.constexpr, DIM: tl.constexpr, DIM_POWER: tl.constexpr, REST: tl.constexpr, REST_POWER: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Scores [M, L], and values [L, DIM]. A latent entry is read once: its first part serves as key and as value."""
+    dim, rest = tl.arange(0, DIM_POWER), DIM + tl.arange(0, REST_POWER)
+    inside = seen[:, None] & (dim < DIM)[None, :]
+    keys = tl.load(entries[:, None] + dim[None, :], mask=inside, other=0.0)
+    scores = tl.full([queries.shape[0], seen.shape[0]], 0.0, tl.float32)
+    scores = product(queries, tl.trans(keys), scores, PRECISION, INTERPRETED)
+    if LATENT:
+        inside_rest = seen[:, None] & (rest < DIM + REST)[None, :]
+        keys_rest = tl.load(entries[:, None] + rest[None, :], mask=inside_rest, other=0.0)
+        scores = product(queries_rest, tl.trans(keys_rest), scores, PRECISION, INTERPRETED)
+        values = keys
+    else:
+        values = tl.load(entries[:, None] + value_offset + dim[None, :], mask=inside, other=0.0)
+    return tl.where(seen[None, :], scores * scale_log2, float("-inf")), values
 
 
 @triton.jit

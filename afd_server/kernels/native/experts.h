@@ -93,52 +93,52 @@ void experts(const float* x, long num_rows, long hidden, long width, const char*
         });
     };
 
-    // Parts are (active expert, panel) pairs: an expert's panel stays in the cache while the expert's blocks pass by.
+    // Parts are (active expert, panel) pairs.
     pack_blocks(x, dispatch.rows.data(), hidden, x_stride, packed_x);
     const long parts = num_active * inner_panels;
-    const long chunks = chunks_for(parts, double(num_active) * gate_up_bytes, max_threads);
+    const double blocks_of_a_panel = num_active ? double(num_blocks) / num_active : 0;
+    const long chunks = chunks_for(parts, double(num_active) * gate_up_bytes, blocks_of_a_panel, max_threads);
     share(chunks, max_threads, [&](long chunk) {
         const Part mine(parts, chunk, chunks);
         Tile tile;
-        for (long part = mine.first; part < mine.last; part++) {
-            const ActiveExpert& expert = dispatch.active[part / inner_panels];
-            const long panel = part % inner_panels;
-            const char* weights_of_panel = gate_up + expert.id * gate_up_bytes + panel * Format::panel_bytes(hidden);
-            const int lanes = int(std::min<long>(LANES, width - panel * LANES));
-            for (int block = expert.first_block; block < expert.last_block; block++) {
-                const int count = blocks[block].count;
-                tile_function<Format>(count)(weights_of_panel, packed_x + block * x_stride, hidden, tile);
+        for (long index = mine.first / inner_panels; index * inner_panels < mine.last; index++) {
+            const ActiveExpert& expert = dispatch.active[index];
+            const long first = std::max(0L, mine.first - index * inner_panels);
+            const long last = std::min(inner_panels, mine.last - index * inner_panels);
+            for_panels_and_blocks(first, last, expert.first_block, expert.last_block, x_stride, [&](long panel, long block) {
+                const int count = blocks[block].count, lanes = int(std::min<long>(LANES, width - panel * LANES));
+                tile_function<Format>(count)(gate_up + expert.id * gate_up_bytes + panel * Format::panel_bytes(hidden),
+                                             packed_x + block * x_stride, hidden, tile);
                 for (int i = 0; i < count; i++) {
                     store(tile[i], silu(load(tile[i])) * load(tile[i] + LANES));
                     std::memcpy(inner + (blocks[block].first_pair + i) * width + panel * LANES, tile[i],
                                 lanes * sizeof(float));
                 }
-            }
+            });
         }
     });
 
     pack_blocks(inner, nullptr, width, inner_stride, packed_inner);
-    const long column_chunks = chunks_for(y_panels, double(num_active) * down_bytes, max_threads);
+    const long column_chunks = chunks_for(y_panels, double(num_active) * down_bytes, num_blocks, max_threads);
     share(column_chunks, max_threads, [&](long chunk) {
         const Part mine(y_panels, chunk, column_chunks);
         const long first_column = mine.first * PANEL, columns = std::min(hidden, mine.last * PANEL) - first_column;
         for (long row = 0; row < num_rows; row++) std::memset(y + row * hidden + first_column, 0, columns * sizeof(float));
         Tile tile;
         for (const ActiveExpert& expert : dispatch.active)
-            for (long panel = mine.first; panel < mine.last; panel++) {
-                const char* weights_of_panel = down + expert.id * down_bytes + panel * Format::panel_bytes(width);
-                const int columns_of_panel = int(std::min<long>(PANEL, hidden - panel * PANEL));
-                for (int block = expert.first_block; block < expert.last_block; block++) {
-                    tile_function<Format>(blocks[block].count)(weights_of_panel, packed_inner + block * inner_stride, width,
-                                                               tile);
+            for_panels_and_blocks(
+                mine.first, mine.last, expert.first_block, expert.last_block, inner_stride, [&](long panel, long block) {
+                    const int columns_of_panel = int(std::min<long>(PANEL, hidden - panel * PANEL));
+                    tile_function<Format>(blocks[block].count)(
+                        down + expert.id * down_bytes + panel * Format::panel_bytes(width),
+                        packed_inner + block * inner_stride, width, tile);
                     for (int i = 0; i < blocks[block].count; i++) {
                         const int pair = blocks[block].first_pair + i;
                         const float weight = dispatch.weights[pair];
                         float* out = y + dispatch.rows[pair] * hidden + panel * PANEL;
                         for (int column = 0; column < columns_of_panel; column++) out[column] += weight * tile[i][column];
                     }
-                }
-            }
+                });
     });
 }
 

@@ -21,6 +21,7 @@
 namespace afd {
 
 constexpr int PANEL = 2 * LANES;
+constexpr double GROUP_BYTES = 640 * 1024;  // of rows of x: the second-level cache of a core is 1 to 2 MiB
 
 inline long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
 
@@ -198,6 +199,25 @@ TileFunction tile_function(int rows) {
 // Panels of a packed matrix of n rows. interleaved: as `pack` says.
 inline long panels_of(long n, bool interleaved) { return interleaved ? (n / 2 + LANES - 1) / LANES : panels_of(n); }
 
+// tile(panel, block) for every panel with every block: with many blocks, a group of them that the second-level cache holds meets
+// all the panels before the next group does.
+template <class Body>
+void for_panels_and_blocks(long first_panel, long last_panel, long first_block, long last_block, size_t block_bytes,
+                           const Body& tile) {
+    const long group = std::max(1L, long(GROUP_BYTES / block_bytes));
+    for (long first = first_block; first < last_block; first += group)
+        for (long panel = first_panel; panel < last_panel; panel++)
+            for (long block = first; block < std::min(last_block, first + group); block++) tile(panel, block);
+}
+
+// Into how many chunks to cut `panels` panels of `bytes` in all. With few blocks of rows a chunk is 192 KiB, about 8 us of
+// reading: a thread that is held up in it holds up little. With many it is as much as a group of blocks, which it is read for.
+inline long chunks_for(long panels, double bytes, double blocks_of_a_panel, int max_threads) {
+    if (max_threads <= 1) return std::min(panels, 1L);
+    const double chunk_bytes = std::min<double>(GROUP_BYTES, 192 * 1024 * std::max(1.0, blocks_of_a_panel / 4));
+    return std::min(panels, std::max<long>(2 * max_threads, long(bytes / chunk_bytes)));
+}
+
 // Packs W [n, k]. interleaved: W is the gate's rows, then the up's; a panel takes
 // LANES of each, so that a tile holds a gate beside its up (experts.h).
 template <class Format>
@@ -230,22 +250,21 @@ void linear(const float* x, long x_stride, long m, long k, const char* w, const 
         for (int row = 0; row < count; row++) rows[row] = x + (block * MAX_ROWS + row) * x_stride;
         Format::pack_block(rows, count, k, packed_x + block * block_stride);
     });
-    const long chunks = chunks_for(panels, double(panels) * Format::panel_bytes(k), max_threads);
+    const long chunks = chunks_for(panels, double(panels) * Format::panel_bytes(k), blocks, max_threads);
     share(chunks, max_threads, [&](long chunk) {
         const Part mine(panels, chunk, chunks);
         Tile tile;
-        for (long panel = mine.first; panel < mine.last; panel++)
-            for (long block = 0; block < blocks; block++) {
-                const int count = int(std::min<long>(MAX_ROWS, m - block * MAX_ROWS));
-                const int width = int(std::min<long>(PANEL, n - panel * PANEL));
-                tile_function<Format>(count)(w + panel * Format::panel_bytes(k), packed_x + block * block_stride, k, tile);
-                for (int row = 0; row < count; row++) {
-                    float* out = y + (block * MAX_ROWS + row) * y_stride + panel * PANEL;
-                    if (bias)
-                        for (int column = 0; column < width; column++) tile[row][column] += bias[panel * PANEL + column];
-                    std::memcpy(out, tile[row], width * sizeof(float));
-                }
+        for_panels_and_blocks(mine.first, mine.last, 0, blocks, block_stride, [&](long panel, long block) {
+            const int count = int(std::min<long>(MAX_ROWS, m - block * MAX_ROWS));
+            const int width = int(std::min<long>(PANEL, n - panel * PANEL));
+            tile_function<Format>(count)(w + panel * Format::panel_bytes(k), packed_x + block * block_stride, k, tile);
+            for (int row = 0; row < count; row++) {
+                float* out = y + (block * MAX_ROWS + row) * y_stride + panel * PANEL;
+                if (bias)
+                    for (int column = 0; column < width; column++) tile[row][column] += bias[panel * PANEL + column];
+                std::memcpy(out, tile[row], width * sizeof(float));
             }
+        });
     });
 }
 

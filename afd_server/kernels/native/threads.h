@@ -167,12 +167,4 @@ struct Part {
     Part(long total, long index, long count) : first(total * index / count), last(total * (index + 1) / count) {}
 };
 
-// Into how many chunks to cut work of `parts` equal parts that read `bytes` in all: enough that a thread that stops in the
-// middle holds up little, and so few that taking one costs nothing beside it.
-inline long chunks_for(long parts, double bytes, int max_threads) {
-    constexpr double BYTES_OF_A_CHUNK = 192 * 1024;  // about 8 us of reading
-    if (max_threads <= 1) return std::min(parts, 1L);
-    return std::max(std::min<long>(parts, max_threads), std::min<long>(parts, long(bytes / BYTES_OF_A_CHUNK)));
-}
-
 }  // namespace afd

@@ -33,7 +33,7 @@ struct bfloat16 {
 
 inline vec load(const float* from) { return *reinterpret_cast<const vec*>(from); }
 inline void store(float* to, vec value) { *reinterpret_cast<vec*>(to) = value; }
-inline vec broadcast(float value) { return vec{} + value; }
+inline vec broadcast(float value) { return value - vec{}; }  // not 0 + value: that is another number for -0
 
 inline vec load(const bfloat16* from) {  // a bfloat16 is the upper half of a float
     return reinterpret_cast<vec>(__builtin_convertvector(*reinterpret_cast<const hvec*>(from), uvec) << 16);
