@@ -1,7 +1,7 @@
 """How a decode step's time grows: with context, batch, experts and attention replicas, beside what the roofline says.
 
     .venv/bin/python benchmarks/growth.py           # under 6 minutes; writes benchmarks/plots/*.png
-    .venv/bin/python benchmarks/growth.py --quick   # a look at smaller shapes, in one minute; keep its plots elsewhere
+    .venv/bin/python benchmarks/growth.py --quick   # a look at fewer layers and points, in a minute or two; no plots
 
 Context, batch and experts: both halves of a random model called one after the other in this process, so that nothing but
 the step is measured: no wire, no scheduler, no sampling. The layers are those of checkpoints.py's "small", few of them:
@@ -29,13 +29,14 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from checkpoints import SHAPES, Shape, config, write_tokenizer, write_weights
 from load import Load, commit, measure
 from machine import fastest_s, flop_per_s, read_bytes_per_s
+from plots.draw import Curve, Plot, draw, table
 from results import machine
 from roofline import Limits, step_s
 from servers import running, server
@@ -51,12 +52,12 @@ PLOTS = Path(__file__).parent / "plots"
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
 ELEMENT_BYTES = 4  # float32
-SWEEPS = 3  # the fastest counts: others may use the machine
+SWEEPS = 5  # the fastest counts: others may use the machine
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. Contexts and batches come in pairs of (fixed values, values that grow)."""
+    """What is measured: contexts at each of context_batches, batches at each of batch_contexts, and so on."""
 
     layers: Shape
     contexts: tuple[int, ...]
@@ -98,28 +99,8 @@ QUICK = replace(
     load=Load(rounds=1, input_words=32, output_tokens=32),
 )
 REPLICA_CLIENTS = 8  # of each replica
+MERGED, APART = "roofline, merged", "roofline, apart"
 EXPERT_CONTEXT = 64
-
-
-@dataclass
-class Curve:
-    """Measured points, and the model's line at the same places: seconds of a step. xs ascend."""
-
-    name: str
-    xs: list[int] = field(default_factory=list)
-    measured_s: list[float] = field(default_factory=list)
-    model_s: dict[str, list[float]] = field(default_factory=dict)  # by the line's name, "" for the only one
-
-
-@dataclass
-class Plot:
-    """One way of growing. about: what stays the same."""
-
-    name: str
-    x_label: str
-    about: str
-    limits: Limits
-    curves: list[Curve]
 
 
 # --- the halves in this process ------------------------------------------------------------------------------------------
@@ -179,7 +160,6 @@ def decoding(
 
 def random_checkpoint(shape: Shape, directory: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(config(shape)))
-    write_tokenizer(shape.vocab, directory)
     write_weights(shape, directory, seed=0)
     return directory
 
@@ -202,7 +182,7 @@ def replicas_s(spec: ModelSpec, limits: Limits, replicas: int, batch: int, conte
         return decode_s(spec, limits, rows, context) - decode_s(without_ffn, limits, rows, context)
 
     attention_s = replicas * decode_s(without_ffn, limits, batch, context)
-    return {"merged": attention_s + ffn_s(replicas * batch), "apart": attention_s + replicas * ffn_s(batch)}
+    return {MERGED: attention_s + ffn_s(replicas * batch), APART: attention_s + replicas * ffn_s(batch)}
 
 
 def measured_limits() -> Limits:
@@ -235,10 +215,11 @@ def measured_curve(name: str, halves: Halves, sizes: Sizes, points: Sequence[tup
 
 def context_and_batch(sizes: Sizes) -> Iterator[Plot]:
     """Two plots on one model."""
-    layers = f"{sizes.layers.layers} layers of hidden {sizes.layers.hidden}, {sizes.layers.experts} experts"
+    shape = sizes.layers
+    about = f"{shape.layers} x small's layer: hidden {shape.hidden}, {shape.experts} experts of width {shape.expert_width}"
     most = max(max(sizes.contexts) * max(sizes.context_batches), max(sizes.batches) * max(sizes.batch_contexts))
     with tempfile.TemporaryDirectory(prefix="growth-") as directory:
-        halves = Halves(random_checkpoint(sizes.layers, Path(directory)), most)
+        halves = Halves(random_checkpoint(shape, Path(directory)), most)
     before = measured_limits()
     curves = [
         measured_curve(
@@ -248,8 +229,8 @@ def context_and_batch(sizes: Sizes) -> Iterator[Plot]:
     ]
     limits = better(before, after := measured_limits())
     for curve, batch in zip(curves, sizes.context_batches, strict=True):
-        curve.model_s[""] = [decode_s(halves.spec, limits, batch, context) for context in curve.xs]
-    yield Plot("context", "context, tokens", layers, limits, curves)
+        curve.model_s["roofline"] = [decode_s(halves.spec, limits, batch, context) for context in curve.xs]
+    yield Plot("context", "context, tokens", about, limits.bytes_per_s, limits.flop_per_s, curves)
 
     curves = [
         measured_curve(
@@ -259,8 +240,8 @@ def context_and_batch(sizes: Sizes) -> Iterator[Plot]:
     ]
     limits = better(after, measured_limits())
     for curve, context in zip(curves, sizes.batch_contexts, strict=True):
-        curve.model_s[""] = [decode_s(halves.spec, limits, batch, context) for batch in curve.xs]
-    yield Plot("batch", "batch, requests", layers, limits, curves)
+        curve.model_s["roofline"] = [decode_s(halves.spec, limits, batch, context) for batch in curve.xs]
+    yield Plot("batch", "batch, requests", about, limits.bytes_per_s, limits.flop_per_s, curves)
 
 
 def experts(sizes: Sizes) -> Plot:
@@ -280,19 +261,22 @@ def experts(sizes: Sizes) -> Plot:
             curve.measured_s += point.measured_s
     limits = better(limits, measured_limits())
     for batch, curve in curves.items():
-        curve.model_s[""] = [decode_s(spec, limits, batch, EXPERT_CONTEXT) for spec in specs]
-    about = f"{shape.layers} layers of hidden {shape.hidden}, experts of width {shape.expert_width}, {shape.top_k} a token, context {EXPERT_CONTEXT}"
-    return Plot("experts", "experts in a layer", about, limits, list(curves.values()))
+        curve.model_s["roofline"] = [decode_s(spec, limits, batch, EXPERT_CONTEXT) for spec in specs]
+    about = f"{shape.layers} x small's layer: hidden {shape.hidden}, width {shape.expert_width}, {shape.top_k} experts a token; context {EXPERT_CONTEXT}"
+    return Plot(
+        "experts", "experts in a layer", about, limits.bytes_per_s, limits.flop_per_s, list(curves.values())
+    )
 
 
 def replicas(sizes: Sizes) -> Plot:
     """The server, started anew for each number of replicas."""
     load = sizes.load
     context = load.input_words + load.output_tokens / 2
-    curve = Curve(f"{REPLICA_CLIENTS} clients each", model_s={"merged": [], "apart": []})
+    curve = Curve(f"{REPLICA_CLIENTS} clients each", model_s={MERGED: [], APART: []})
     limits = measured_limits()
     with tempfile.TemporaryDirectory(prefix="growth-") as directory:
         model = random_checkpoint(SHAPES["tiny"], Path(directory))
+        write_tokenizer(SHAPES["tiny"].vocab, model)
         spec = read_model_spec(model)
         for count in sizes.replicas:
             with running(server("afd", f"--attention-workers {count}"), model, "float32") as (url, _):
@@ -307,63 +291,9 @@ def replicas(sizes: Sizes) -> Plot:
         for name, seconds in replicas_s(spec, limits, count, REPLICA_CLIENTS, context).items():
             curve.model_s[name].append(seconds)
     return Plot(
-        "replicas", "attention replicas on this host", "the server on tiny, 1 FFN worker", limits, [curve]
-    )
-
-
-# --- what is shown ---------------------------------------------------------------------------------------------------
-
-
-def print_table(plot: Plot) -> None:
-    print(
-        f"{plot.name}: {plot.about}; {plot.limits.bytes_per_s / 1e9:.1f} GB/s, {plot.limits.flop_per_s / 1e9:.0f} GFLOP/s"
-    )
-    print(f"{'curve':<18} {plot.name:>8} {'step ms':>9}  the model's ms, and its share")
-    for curve in plot.curves:
-        for index, (x, measured_s) in enumerate(zip(curve.xs, curve.measured_s, strict=True)):
-            lines = (
-                f"{name} {line[index] * 1e3:>8.2f} {line[index] / measured_s:>5.0%}"
-                for name, line in curve.model_s.items()
-            )
-            print(f"{curve.name:<18} {x:>8} {measured_s * 1e3:>9.2f}  {'   '.join(lines)}")
-    print(flush=True)
-
-
-def draw(plot: Plot, caption: str, directory: Path) -> Path:
-    """A PNG file: points as measured, the model's lines, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    for number, curve in enumerate(plot.curves):
-        axes.plot(
-            curve.xs,
-            [1e3 * s for s in curve.measured_s],
-            "o",
-            color=f"C{number}",
-            label=f"{curve.name}, measured",
-        )
-        for (name, line), style in zip(curve.model_s.items(), ("-", "--"), strict=False):
-            label = f"{curve.name}, roofline{f', {name}' if name else ''}"
-            axes.plot(curve.xs, [1e3 * s for s in line], style, color=f"C{number}", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=10)
-    ticks = sorted({x for curve in plot.curves for x in curve.xs})
-    axes.set_xticks(ticks, [str(x) for x in ticks])
-    axes.set_xlabel(plot.x_label)
-    axes.set_ylabel("decode step, ms")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
-    axes.set_title(plot.about, fontsize=10)
-    figure.supxlabel(caption, fontsize=7, color="gray")
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f"{plot.name}.png"
-    figure.savefig(file, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-    return file
+        "replicas", "attention replicas on this host", "the server on tiny, 1 FFN worker",
+        limits.bytes_per_s, limits.flop_per_s, [curve],
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -372,12 +302,16 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=["halves", "experts", "replicas"], help="one part, not all"
     )
-    parser.add_argument("--plots", type=Path, default=PLOTS, help="directory that the plots are written to")
+    parser.add_argument(
+        "--plots", type=Path, help="directory for the plots; default: benchmarks/plots, with --quick none"
+    )
     arguments = parser.parse_args()
-    if importlib.util.find_spec("matplotlib") is None:
+    directory = arguments.plots or (None if arguments.quick else PLOTS)
+    if directory and importlib.util.find_spec("matplotlib") is None:
         parser.error("the plots need matplotlib: pip install -e '.[bench]'")
     sizes = QUICK if arguments.quick else FULL
     parts = arguments.only or ["halves", "experts", "replicas"]
+    measured = commit()  # before the plots change the tree
     plots: list[Plot] = []
     if "halves" in parts:
         plots += context_and_batch(sizes)
@@ -386,12 +320,15 @@ def main() -> int:
     if "replicas" in parts:
         plots.append(replicas(sizes))
     for plot in plots:
-        print_table(plot)
-        caption = (f"{machine()}, commit {commit()}; roofline at {plot.limits.bytes_per_s / 1e9:.1f} GB/s, "
-                   f"{plot.limits.flop_per_s / 1e9:.0f} GFLOP/s, measured in the same run")  # fmt: skip
-        draw(plot, caption, arguments.plots)
+        print(table(plot), end="\n\n", flush=True)
+        if directory:
+            draw(
+                plot,
+                f"{machine()}, commit {measured}; roofline at {plot.limits}, measured in the same run",
+                directory,
+            )
     print(json.dumps({
-        "commit": commit(), "machine": machine(), "quick": arguments.quick,
+        "commit": measured, "machine": machine(), "quick": arguments.quick,
         "plots": [dataclasses.asdict(plot) for plot in plots],
     }))  # fmt: skip
     return 0
