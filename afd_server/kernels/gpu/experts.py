@@ -80,16 +80,21 @@ def grouped_expert_ffn(
 
 
 def choose_tiles(rows_per_expert: float, dtype: torch.dtype) -> tuple[ProductTile, ProductTile]:
-    """For about so many rows of an expert, at most: a shard of many sees fewer of a call's choices."""
+    """For about so many rows of an expert, at most: a shard of many sees fewer of a call's choices.
+
+    As many programs on a multiprocessor as its shared memory holds, and no register spilled (benchmarks/gpu/resources.py).
+    """
     rows = 16
     while rows < min(rows_per_expert, 64):
         rows *= 2
     if dtype is torch.float8_e4m3fn:
-        tile = ProductTile(rows, 128, 128, num_warps=8 if rows > 32 else 4, num_stages=3)
-        return tile, tile
-    depth = 128 if dtype.itemsize == 2 and rows < 64 else 64 // (dtype.itemsize // 2)
-    gate_up = ProductTile(rows, 64, depth, num_warps=4, num_stages=3)
-    return gate_up, ProductTile(rows, 128, depth, num_warps=4, num_stages=3)
+        num_warps = 8 if rows > 16 else 4
+        return ProductTile(rows, 128, 128, num_warps, 4), ProductTile(rows, 128, 128, num_warps, 4, programs=2)
+    if dtype is torch.float32:  # which tensor cores do not multiply: for tests
+        return ProductTile(rows, 32, 32, 4, 2), ProductTile(rows, 32, 32, 4, 2)
+    if rows < 64:  # few rows of activations beside each weight: deeper tiles, so that as much is on its way
+        return ProductTile(rows, 64, 128, 4, 3, programs=2), ProductTile(rows, 128, 128, 4, 3, programs=2)
+    return ProductTile(rows, 64, 64, 4, 4, programs=2), ProductTile(rows, 128, 64, 4, 3, programs=2)
 
 
 def _values(weight: Weight) -> Tensor:
