@@ -41,6 +41,7 @@ from results import machine
 from roofline import Limits, step_s
 from servers import running, server
 
+from afd_server.kvcache.storage import allocate_cache
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half, operations_for
 from afd_server.models.families import read_model_spec
@@ -116,8 +117,9 @@ class Halves:
         self._attention = load_attention_half(directory, self.spec, **where)  # type: ignore[arg-type]
         self._ffn = load_ffn_half(directory, self.spec, FFNShard(), **where)  # type: ignore[arg-type]
         self.num_blocks = -(-cache_tokens // BLOCK_SIZE)
-        shape = (self.num_blocks, BLOCK_SIZE, *self.spec.attention.cache_entry_shape)
-        self._cache = [torch.randn(shape) for _ in range(self.spec.num_layers)]
+        self._cache = allocate_cache(self.spec, self.num_blocks, BLOCK_SIZE, CPU, torch.float32)
+        for layer in self._cache:
+            layer.normal_()
 
     @torch.inference_mode()
     def step(self, requests: Sequence[ScheduledRequest], chosen: list[torch.Tensor]) -> torch.Tensor:

@@ -56,7 +56,7 @@ def draw(plot: Plot, caption: str, directory: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.4), layout="constrained")
     for number, curve in enumerate(plot.curves):
         color, measured_ms = f"C{number}", [1e3 * seconds for seconds in curve.measured_s]
         axes.plot(curve.xs, measured_ms, "o", color=color, label=f"{curve.name}, measured")
@@ -72,7 +72,7 @@ def draw(plot: Plot, caption: str, directory: Path) -> Path:
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel("decode step, ms")
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     axes.set_title(plot.about, fontsize=10)
     figure.supxlabel(caption, fontsize=7, color="gray")
     directory.mkdir(parents=True, exist_ok=True)
