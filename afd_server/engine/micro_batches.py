@@ -10,15 +10,20 @@ is the right answer, with many 2 to 4, and where the change comes is measured:
                        micro-batch (with more, the wire time contains overlap, and both sides may share a processor)
     predicted(m)       a simulation of the pipeline: the attention side works in `hop_order`, one hop after the other;
                        a call arrives w/2 later, is served in order of arrival for f, and is back after another w/2
-    corrected(m)       predicted(m) * measured / predicted of the last steps of this size that ran with m
 
-The least corrected time wins, a larger m only by a margin. Times are smoothed per power of two of tokens, interpolated
-between, and not guessed beyond what was measured: a step of a larger size runs as one micro-batch and is the measurement.
+The prediction takes the two sides as independent, which they are not where they share cores or memory: it says what may
+pay, and a trial says what does. Each power of two of tokens has a number in use, 1 at first. Now and then a few steps
+run with another number that may pay, which takes its place if it was faster by a margin. Trials become rarer by and by,
+and one that goes badly ends after its first step: what they can lose is bounded by their number, not by the machine.
+Times are smoothed per power of two of tokens, interpolated between, and not guessed beyond what was measured: a step of
+a larger size runs as one micro-batch and is the measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from afd_server.config import MAX_MICRO_BATCHES
@@ -27,13 +32,20 @@ from afd_server.types import StepTiming
 
 # Weight of a new measurement in a running mean.
 SMOOTHING = 0.2
-# How much faster each further micro-batch must make a step, since noise also has its minimum somewhere.
+# How much faster another number must make a step, since noise also has its minimum somewhere.
 MARGIN = 0.03
 # Fewer measured sizes than this say nothing about the slope.
 MIN_MEASURED_SIZES = 2
-# A choice is remembered for this many steps; and each so often a step is run as one micro-batch to measure it anew.
-STEPS_PER_DECISION = 16
-STEPS_PER_REFRESH = 256
+# A prediction is remembered for this many steps.
+STEPS_PER_PREDICTION = 16
+
+# A trial takes this many steps, or one that takes longer than usual by more than TRIAL_LOSS.
+TRIAL_STEPS = 3
+TRIAL_LOSS = 0.15
+# The steps between two trials of a size: so many at first, then each time TRIAL_GROWTH times as many, up to the last.
+FIRST_TRIAL_AFTER = 8
+TRIAL_GROWTH = 3
+LAST_TRIAL_AFTER = 2000
 
 
 def divide(num_tokens: Sequence[int], num_micro_batches: int) -> list[list[int]]:
@@ -90,13 +102,68 @@ def predict_step_s(hops: Sequence[HopTimes], num_layers: int) -> float:
     return clock_s
 
 
-@dataclass(frozen=True, slots=True)
-class Expectation:
-    """What was predicted for the step that is being run: to be compared with what it took."""
+class SizeRecord:
+    """The number of micro-batches in use for steps of one size, and the trials of others. Costs are seconds over the
+    seconds predicted for one micro-batch, so that steps of somewhat different tokens compare."""
 
-    size: int
-    num_micro_batches: int
-    predicted_s: float
+    def __init__(self) -> None:
+        self._best = 1
+        self._costs: deque[float] = deque(maxlen=FIRST_TRIAL_AFTER)  # of the last steps with the best
+        self._trial: int | None = None
+        self._trial_costs: list[float] = []
+        self._num_trials: dict[int, int] = {}  # by micro-batches
+        self._pause_steps = self._steps_left = FIRST_TRIAL_AFTER
+
+    def choose(self, predicted_s: Sequence[float]) -> int:
+        """For a step whose seconds with 1, 2, ... micro-batches are predicted."""
+        if self._trial is None and self._steps_left <= 0:
+            self._trial = self._challenger(predicted_s)
+        wanted = self._trial or self._best
+        return wanted if wanted == 1 or wanted in _promising(predicted_s) else 1
+
+    def note(self, num_micro_batches: int, cost: float) -> None:
+        """Takes in what a step took that ran with the number chosen."""
+        if num_micro_batches == self._trial:
+            self._trial_costs.append(cost)
+            if len(self._trial_costs) == TRIAL_STEPS or cost > (1 + TRIAL_LOSS) * self._usual():
+                self._end_trial()
+        elif num_micro_batches == self._best:
+            self._costs.append(cost)
+            self._steps_left -= 1
+
+    def _challenger(self, predicted_s: Sequence[float]) -> int | None:
+        """What was tried least, of that the fastest by prediction."""
+        others = [count for count in (1, *_promising(predicted_s)) if count != self._best]
+        return min(
+            others, key=lambda count: (self._num_trials.get(count, 0), predicted_s[count - 1]), default=None
+        )
+
+    def _end_trial(self) -> None:
+        assert self._trial is not None
+        self._num_trials[self._trial] = self._num_trials.get(self._trial, 0) + 1
+        if (
+            len(self._trial_costs) == TRIAL_STEPS
+            and statistics.median(self._trial_costs) < (1 - MARGIN) * self._usual()
+        ):
+            self._best = self._trial
+            self._costs.clear()
+            self._costs.extend(self._trial_costs)
+        self._trial = None
+        self._trial_costs.clear()
+        self._pause_steps = min(TRIAL_GROWTH * self._pause_steps, LAST_TRIAL_AFTER)
+        self._steps_left = self._pause_steps
+
+    def _usual(self) -> float:
+        return statistics.median(self._costs)
+
+
+def _promising(predicted_s: Sequence[float]) -> list[int]:
+    """The numbers above 1 that may pay; each further micro-batch must."""
+    return [
+        count
+        for count in range(2, len(predicted_s) + 1)
+        if predicted_s[count - 1] < (1 - MARGIN) ** (count - 1) * predicted_s[0]
+    ]
 
 
 class MicroBatchChooser:
@@ -108,42 +175,44 @@ class MicroBatchChooser:
     def __init__(self, setting: str) -> None:
         self._fixed = None if setting == "auto" else int(setting)
         self._num_layers = 0
-        self._measured: dict[int, HopTimes] = {}
-        self._corrections: dict[tuple[int, int], float] = {}
-        self._decisions: dict[tuple[int, ...], Expectation] = {}
+        self._measured: dict[int, HopTimes] = {}  # by size
+        self._records: dict[int, SizeRecord] = {}  # by size
+        self._predictions: dict[tuple[int, ...], list[float]] = {}  # by the step's numbers of tokens, sorted
         self._num_observed = 0
-        self._measured_at: dict[int, int] = {}
-        self._expected: Expectation | None = None
+        self._chosen: tuple[SizeRecord, float] | None = None  # with the seconds predicted for one micro-batch
 
     def choose(self, num_tokens: Sequence[int]) -> int:
         """For a step with these numbers of tokens, one entry per request. Never more than there are requests."""
         most = min(MAX_MICRO_BATCHES, len(num_tokens))
         if self._fixed is not None:
             return min(self._fixed, most)
+        self._chosen = None
+        size = _size(sum(num_tokens))
+        if len(self._measured) < MIN_MEASURED_SIZES or size > max(self._measured):
+            return 1
         key = tuple(sorted(num_tokens))
-        if key not in self._decisions:
-            self._decisions[key] = self._decide(key, most)
-        self._expected = self._decisions[key]
-        return self._expected.num_micro_batches
+        predicted_s = self._predictions.get(key)
+        if predicted_s is None:
+            predicted_s = self._predictions[key] = [self._predict(key, count) for count in range(1, most + 1)]
+        record = self._records.setdefault(size, SizeRecord())
+        self._chosen = record, predicted_s[0]
+        return record.choose(predicted_s)
 
     def observe(self, timing: StepTiming) -> None:
         """Takes in what a step took."""
-        expected, self._expected = self._expected, None
+        chosen, self._chosen = self._chosen, None
         if self._fixed is not None or not timing.num_hops or not timing.num_tokens:
             return
         self._num_observed += 1
-        if self._num_observed % STEPS_PER_DECISION == 0:
-            self._decisions.clear()
+        if self._num_observed % STEPS_PER_PREDICTION == 0 or not self._measured:
+            self._predictions.clear()
         if timing.num_micro_batches == 1:
             self._measure(timing)
-        if expected is not None and expected.predicted_s > 0:
-            place = (expected.size, expected.num_micro_batches)
-            ratio = (timing.attention_s + timing.bubble_s) / expected.predicted_s
-            self._corrections[place] = _smoothed(self._corrections.get(place, 1.0), ratio)
+        if chosen is not None:
+            record, whole_s = chosen
+            record.note(timing.num_micro_batches, (timing.attention_s + timing.bubble_s) / whole_s)
 
     def _measure(self, timing: StepTiming) -> None:
-        if not self._measured:
-            self._decisions.clear()
         self._num_layers = timing.num_hops
         size = _size(timing.num_tokens)
         times = HopTimes(timing.num_tokens, *(
@@ -151,30 +220,10 @@ class MicroBatchChooser:
         ))  # fmt: skip
         known = self._measured.get(size)
         self._measured[size] = times if known is None else known.mixed(times, SMOOTHING)
-        self._measured_at[size] = self._num_observed
 
-    def _decide(self, num_tokens: Sequence[int], most: int) -> Expectation:
-        total = sum(num_tokens)
-        size = _size(total)
-        whole = Expectation(size, 1, self._predict([total]) if self._measured else 0.0)
-        known = len(self._measured) >= MIN_MEASURED_SIZES and size <= max(self._measured)
-        measured_ago = self._num_observed - self._measured_at.get(size, self._num_observed)
-        if not known or measured_ago >= STEPS_PER_REFRESH:
-            return whole
-        best, best_s = whole, self._corrected_s(whole)
-        for count in range(2, most + 1):
-            loads = [sum(num_tokens[index] for index in part) for part in divide(num_tokens, count)]
-            split = Expectation(size, count, self._predict(loads))
-            split_s = self._corrected_s(split) * (1 + MARGIN * (count - 1))
-            if split_s < best_s:
-                best, best_s = split, split_s
-        return best
-
-    def _corrected_s(self, expectation: Expectation) -> float:
-        place = (expectation.size, expectation.num_micro_batches)
-        return expectation.predicted_s * self._corrections.get(place, 1.0)
-
-    def _predict(self, loads: Iterable[int]) -> float:
+    def _predict(self, num_tokens: Sequence[int], num_micro_batches: int) -> float:
+        parts = divide(num_tokens, num_micro_batches)
+        loads = [sum(num_tokens[index] for index in part) for part in parts]
         return predict_step_s([self._times(load) for load in loads], self._num_layers)
 
     def _times(self, tokens: int) -> HopTimes:
@@ -191,10 +240,6 @@ class MicroBatchChooser:
         above = next(index for index, point in enumerate(points) if point.tokens >= tokens)
         low, high = points[above - 1], points[above]
         return low.mixed(high, (tokens - low.tokens) / (high.tokens - low.tokens))
-
-
-def _smoothed(old: float, new: float) -> float:
-    return (1 - SMOOTHING) * old + SMOOTHING * new
 
 
 def _size(num_tokens: int) -> int:
