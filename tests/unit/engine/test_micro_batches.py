@@ -140,7 +140,7 @@ def test_the_change_comes_with_the_number_of_tokens():
 
 
 def test_a_longer_wire_takes_more_micro_batches_to_hide():
-    machines = [Machine(weights_s=2e-4, wire_s=wire_s) for wire_s in (0.0, 8e-3)]
+    machines = [Machine(weights_s=5e-4, wire_s=wire_s) for wire_s in (0.0, 8e-3)]
     assert [settled(warmed_up(machine), machine, [1] * 8) for machine in machines] == [2, 4]
 
 
