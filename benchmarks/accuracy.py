@@ -18,10 +18,11 @@ from pydoc_data.topics import topics
 
 import torch
 
-from afd_server.checkpoints.default_model import MADE_HERE, afd_home
+from afd_server.checkpoints.default_model import afd_home
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half, operations_for
 from afd_server.models.families import read_model_spec
 from afd_server.models.halves import FFNShard, WholeModel
+from afd_server.serving import MADE_HERE
 from afd_server.text.tokenizer import Tokenizer
 
 WAYS = {
