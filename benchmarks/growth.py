@@ -14,9 +14,9 @@ them. All replicas share this machine's cores and memory, so their attention add
 well unless it finds calls of several replicas waiting for the same layer: "merged" is the model where it always does, "apart" where
 it never does.
 
-The model is roofline.py's step, on the limits that machine.py measures before and after the points of a plot, the better of the
-two. Its share of the measured time is printed: where it stays the same along a curve, the step grows as the model says.
-The last line is JSON.
+The model is roofline.py's step, on the limits that machine.py measures after each point of a plot, the best of them. Its share
+of the measured time is printed: where it stays the same along a curve, the step grows as the model says. Where the limits
+lie far apart, others used the machine, and the points are worth little. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ QUICK = replace(
     load=Load(rounds=1, input_words=32, output_tokens=32),
 )
 REPLICA_CLIENTS = 8  # of each replica
-MERGED, APART = "roofline, merged", "roofline, apart"
+ROOFLINE, MERGED, APART = "roofline", "roofline, merged", "roofline, apart"
 EXPERT_CONTEXT = 64
 
 
@@ -192,15 +192,17 @@ def measured_limits() -> Limits:
     return Limits(read_bytes_per_s(threads), flop_per_s(threads))
 
 
-def better(a: Limits, b: Limits) -> Limits:
-    return Limits(max(a.bytes_per_s, b.bytes_per_s), max(a.flop_per_s, b.flop_per_s))
+def best(seen: Sequence[Limits]) -> Limits:
+    return Limits(max(each.bytes_per_s for each in seen), max(each.flop_per_s for each in seen))
 
 
 # --- the four plots --------------------------------------------------------------------------------------------------
 
 
-def measured_curve(name: str, halves: Halves, sizes: Sizes, points: Sequence[tuple[int, int, int]]) -> Curve:
-    """points: (x, batch, context)."""
+def measured_curve(
+    name: str, halves: Halves, sizes: Sizes, points: Sequence[tuple[int, int, int]], seen: list[Limits]
+) -> Curve:
+    """points: (x, batch, context). seen grows by the machine's limits after each."""
     curve = Curve(name)
     generator = torch.Generator().manual_seed(0)
     for x, batch, context in points:
@@ -211,7 +213,9 @@ def measured_curve(name: str, halves: Halves, sizes: Sizes, points: Sequence[tup
         seconds, experts = halves.mean_step_s(steps)
         curve.xs.append(x)
         curve.measured_s.append(seconds)
-        print(f"  {name}: {x:>5}  {seconds * 1e3:>8.2f} ms, {experts:.1f} experts read in a layer", flush=True)
+        seen.append(measured_limits())
+        print(f"  {name}, {x:>4}: {seconds * 1e3:>8.2f} ms, {experts:.1f} experts read in a layer, "
+              f"{seen[-1].bytes_per_s / 1e9:.1f} GB/s", flush=True)  # fmt: skip
     return curve
 
 
@@ -222,52 +226,47 @@ def context_and_batch(sizes: Sizes) -> Iterator[Plot]:
     most = max(max(sizes.contexts) * max(sizes.context_batches), max(sizes.batches) * max(sizes.batch_contexts))
     with tempfile.TemporaryDirectory(prefix="growth-") as directory:
         halves = Halves(random_checkpoint(shape, Path(directory)), most)
-    before = measured_limits()
-    curves = [
-        measured_curve(
-            f"batch {batch}", halves, sizes, [(context, batch, context) for context in sizes.contexts]
-        )
-        for batch in sizes.context_batches
-    ]
-    limits = better(before, after := measured_limits())
+    spec = halves.spec
+
+    curves, seen = [], list[Limits]()
+    for batch in sizes.context_batches:
+        points = [(context, batch, context) for context in sizes.contexts]
+        curves.append(measured_curve(f"batch {batch}", halves, sizes, points, seen))
+    limits = best(seen)
     for curve, batch in zip(curves, sizes.context_batches, strict=True):
-        curve.model_s["roofline"] = [decode_s(halves.spec, limits, batch, context) for context in curve.xs]
+        curve.model_s[ROOFLINE] = [decode_s(spec, limits, batch, context) for context in curve.xs]
     yield Plot("context", "context, tokens", about, limits.bytes_per_s, limits.flop_per_s, curves)
 
-    curves = [
-        measured_curve(
-            f"context {context}", halves, sizes, [(batch, batch, context) for batch in sizes.batches]
-        )
-        for context in sizes.batch_contexts
-    ]
-    limits = better(after, measured_limits())
+    curves, seen = [], []
+    for context in sizes.batch_contexts:
+        points = [(batch, batch, context) for batch in sizes.batches]
+        curves.append(measured_curve(f"context {context}", halves, sizes, points, seen))
+    limits = best(seen)
     for curve, context in zip(curves, sizes.batch_contexts, strict=True):
-        curve.model_s["roofline"] = [decode_s(halves.spec, limits, batch, context) for batch in curve.xs]
+        curve.model_s[ROOFLINE] = [decode_s(spec, limits, batch, context) for batch in curve.xs]
     yield Plot("batch", "batch, requests", about, limits.bytes_per_s, limits.flop_per_s, curves)
 
 
 def experts(sizes: Sizes) -> Plot:
     """One model for each number of experts; every batch on each."""
     shape = replace(sizes.layers, layers=sizes.expert_layers, vocab=8192)
+    about = f"{shape.layers} x small's layer: hidden {shape.hidden}, width {shape.expert_width}, {shape.top_k} experts a token; context {EXPERT_CONTEXT}"
     curves = {batch: Curve(f"batch {batch}") for batch in sizes.expert_batches}
-    specs = []
-    limits = measured_limits()
+    specs, seen = [], list[Limits]()
     for count in sizes.experts:
         with tempfile.TemporaryDirectory(prefix="growth-") as directory:
             checkpoint = random_checkpoint(replace(shape, experts=count), Path(directory))
             halves = Halves(checkpoint, max(sizes.expert_batches) * EXPERT_CONTEXT)
         specs.append(halves.spec)
         for batch, curve in curves.items():
-            point = measured_curve(curve.name, halves, sizes, [(count, batch, EXPERT_CONTEXT)])
+            point = measured_curve(curve.name, halves, sizes, [(count, batch, EXPERT_CONTEXT)], seen)
             curve.xs += point.xs
             curve.measured_s += point.measured_s
-    limits = better(limits, measured_limits())
+    limits = best(seen)
     for batch, curve in curves.items():
-        curve.model_s["roofline"] = [decode_s(spec, limits, batch, EXPERT_CONTEXT) for spec in specs]
-    about = f"{shape.layers} x small's layer: hidden {shape.hidden}, width {shape.expert_width}, {shape.top_k} experts a token; context {EXPERT_CONTEXT}"
-    return Plot(
-        "experts", "experts in a layer", about, limits.bytes_per_s, limits.flop_per_s, list(curves.values())
-    )
+        curve.model_s[ROOFLINE] = [decode_s(spec, limits, batch, EXPERT_CONTEXT) for spec in specs]
+    found = list(curves.values())
+    return Plot("experts", "experts in a layer", about, limits.bytes_per_s, limits.flop_per_s, found)
 
 
 def replicas(sizes: Sizes) -> Plot:
@@ -275,7 +274,7 @@ def replicas(sizes: Sizes) -> Plot:
     load = sizes.load
     context = load.input_words + load.output_tokens / 2
     curve = Curve(f"{REPLICA_CLIENTS} clients each", model_s={MERGED: [], APART: []})
-    limits = measured_limits()
+    seen: list[Limits] = []
     with tempfile.TemporaryDirectory(prefix="growth-") as directory:
         model = random_checkpoint(SHAPES["tiny"], Path(directory))
         write_tokenizer(SHAPES["tiny"].vocab, model)
@@ -287,8 +286,12 @@ def replicas(sizes: Sizes) -> Plot:
                 tpot_ms = asyncio.run(measure(url, None, clients, load)).tpot_p50_ms
             curve.xs.append(count)
             curve.measured_s.append(tpot_ms / 1e3)
-            print(f"  {curve.name}: {count:>5}  {tpot_ms:>8.2f} ms", flush=True)
-    limits = better(limits, measured_limits())
+            seen.append(measured_limits())
+            print(
+                f"  {curve.name}, {count}: {tpot_ms:>8.2f} ms, {seen[-1].bytes_per_s / 1e9:.1f} GB/s",
+                flush=True,
+            )
+    limits = best(seen)
     for count in curve.xs:
         for name, seconds in replicas_s(spec, limits, count, REPLICA_CLIENTS, context).items():
             curve.model_s[name].append(seconds)

@@ -9,6 +9,7 @@ stands what the workers have:
 
     own         memory that no file backs, shared with others in proportion, after the load. What is not in the sum is left over:
                 Ray's connection, activations, what the C library's allocator keeps of memory that was freed
+    huge        that part of own which lies in huge pages; a touched part of one is the whole of it in own
     own peak    the most that was seen of it at any time, sampled: more than own is what loading or the load needed in between
     peak RSS    the kernel's own mark (VmHWM); it counts mapped files too
     files       the most of mapped files that was seen: libraries, and the checkpoint as far as it was read and not yet unmapped.
@@ -79,6 +80,7 @@ class Role:
     slots: int
     baseline: int
     own: int
+    huge: int
     own_peak: int
     files_peak: int
     rss_peak: int
@@ -114,6 +116,15 @@ def own_and_slots(pid: int) -> tuple[int, int]:
     """Bytes of one process that no file backs, and those of them that are slots of links."""
     found = proportional(Path(f"/proc/{pid}/smaps").read_text())
     return sum(size for name, size in found.items() if OWN.match(name)), found.get(SLOTS, 0)
+
+
+def huge_bytes(pid: int) -> int:
+    """Of memory in huge pages, private or shared."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(
+        int(size) * 1024
+        for size in re.findall(r"^(?:AnonHugePages|ShmemPmdMapped):\s+(\d+)", rollup, re.MULTILINE)
+    )
 
 
 class Watch(threading.Thread):
@@ -199,6 +210,7 @@ def roles(watch: Watch, weights: dict[int, int], kv_cache: int, baseline: int) -
             slots=sum(slots for _, slots in now),
             baseline=baseline * len(pids),
             own=sum(own for own, _ in now),
+            huge=sum(map(huge_bytes, pids)),
             own_peak=sum(watch.workers[pid].own for pid in pids),
             files_peak=sum(watch.workers[pid].files for pid in pids),
             rss_peak=sum(status(pid)["VmHWM"] for pid in pids),
@@ -232,7 +244,7 @@ def main() -> int:
     flags = f"--attention-workers {arguments.attention_workers} --ffn-workers {arguments.ffn_workers}"
     load = Load(rounds=1, input_words=arguments.input_words, output_tokens=arguments.output_tokens)
     found = measured(arguments.model, flags, arguments.concurrency, load)
-    columns = ("weights", "kv_cache", "slots", "baseline", "must", "own", "unexplained", "own_peak", "files_peak", "rss_peak")  # fmt: skip
+    columns = ("weights", "kv_cache", "slots", "baseline", "must", "own", "unexplained", "huge", "own_peak", "files_peak", "rss_peak")  # fmt: skip
     print("MB           " + " ".join(f"{name.replace('_', ' '):>11}" for name in columns))
     for role in found:
         cells = " ".join(f"{getattr(role, name) / 1e6:>11.1f}" for name in columns)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import SHAPES, config
-from growth import APART, MERGED, better, decode_s, decoding, replicas_s
+from growth import APART, MERGED, best, decode_s, decoding, replicas_s
 from load import Result
 from memory import kv_bytes, own_and_slots, proportional, status
 from plots.draw import Curve, Plot, draw, table
@@ -42,8 +42,8 @@ def test_a_step_grows_with_the_context_by_the_bytes_of_the_cache(spec):
     assert grown_s == pytest.approx(4 * 3072 * entry_bytes / LIMITS.bytes_per_s)
 
 
-def test_the_better_limit_is_taken_of_each_kind():
-    assert better(Limits(1.0, 4.0), Limits(2.0, 3.0)) == Limits(2.0, 4.0)
+def test_the_best_limit_is_taken_of_each_kind():
+    assert best([Limits(1.0, 4.0), Limits(2.0, 3.0), Limits(1.5, 1.0)]) == Limits(2.0, 4.0)
 
 
 @pytest.mark.parametrize("context", [1, 16, 17])
