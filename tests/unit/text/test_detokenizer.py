@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afd_server.text.detokenizer import REPLACEMENT, Detokenizer, StopStrings
@@ -29,6 +29,7 @@ def random_cut(text, rng):
     return ids
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(TEXTS, st.randoms(use_true_random=False))
 def test_any_cut_of_any_text_streams_to_the_same_text(text, rng):
     pieces = streamed(TOKENIZERS["byte-level"], random_cut(text, rng))
@@ -37,6 +38,7 @@ def test_any_cut_of_any_text_streams_to_the_same_text(text, rng):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(deadline=None)  # a busy machine is no failure
 @given(text=TEXTS, prompt=TEXTS)
 def test_a_stream_is_what_decoding_all_at_once_gives(kind, text, prompt):
     tokenizer = TOKENIZERS[kind]
@@ -50,6 +52,7 @@ def test_a_stream_is_what_decoding_all_at_once_gives(kind, text, prompt):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(deadline=None)  # a busy machine is no failure
 @given(text=TEXTS, data=st.data())
 def test_a_character_that_the_prompt_began_is_completed(kind, text, data):
     tokenizer = TOKENIZERS[kind]
@@ -132,6 +135,7 @@ def cut_at_random(text, seed):
         text = text[length:]
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(
     st.text("ab", max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
