@@ -40,8 +40,8 @@ def launch(query_TNK, cache, block_tables, lengths, scale, value_dim, out, split
         cache.stride(0), cache.stride(1), 0 if latent else cache.stride(3), 0 if latent else cache.stride(2),
         partial_TSNV.stride(0), partial_TSNV.stride(1), partial_TSNV.stride(2),
         BLOCK_SIZE=cache.shape[1], SPLITS=splits, LATENT=latent,
-        DIM=value_dim, DIM_POWER=triton.next_power_of_2(value_dim),
-        REST=key_dim - value_dim, REST_POWER=triton.next_power_of_2(max(key_dim - value_dim, 16)),
+        DIM=value_dim, DIM_POWER=max(16, triton.next_power_of_2(value_dim)),  # 16: the least that is multiplied
+        REST=key_dim - value_dim, REST_POWER=max(16, triton.next_power_of_2(key_dim - value_dim)),
         HEADS=tile.heads, ENTRIES=tile.entries, **how_to_multiply(cache.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
