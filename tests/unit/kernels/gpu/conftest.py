@@ -1,6 +1,7 @@
 """The Triton kernels run on CPU tensors under Triton's interpreter, or, with -m gpu, as compiled on a CUDA device.
 
-Triton reads TRITON_INTERPRET when it is imported, so it is set here, before any test of this folder imports it.
+Triton reads TRITON_INTERPRET when it is imported, so it is set here, before any test of this folder imports it. Where a test of
+another folder has done so already, or there is a CUDA device, test_interpreted.py runs the folder's in a process of their own.
 """
 
 import importlib.util
@@ -10,26 +11,31 @@ import sys
 import pytest
 import torch
 
-WITHOUT_TRITON = importlib.util.find_spec("triton") is None
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def is_interpreted():
-    from triton import knobs
+@pytest.fixture(scope="session")
+def interpreted():
+    """Whether this process interprets kernels. Skips where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    import triton
 
-    return knobs.runtime.interpret
+    @triton.jit
+    def kernel():
+        pass
+
+    return not isinstance(kernel, triton.JITFunction)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
+def device(request, interpreted):
     """Where a kernel test puts its tensors."""
-    if WITHOUT_TRITON:
-        pytest.skip("Triton is not installed")
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if request.param == "cpu" and not is_interpreted():
-        pytest.skip("Triton compiles in this process (TRITON_INTERPRET is not set, there is a CUDA device)")
+    if request.param == "cuda" and (interpreted or not torch.cuda.is_available()):
+        pytest.skip("no CUDA device, or Triton interprets in this process")
+    if request.param == "cpu" and not interpreted:
+        pytest.skip("Triton compiles in this process: test_interpreted.py runs this one in another")
     return torch.device(request.param)
 
 
