@@ -110,7 +110,7 @@ class FFNGroup:
         self._replica = replica
         self._dtype = dtype
         self._timeout_s = timeout_s
-        shards = layout.ep * layout.tp
+        shards = self._num_shards = layout.ep * layout.tp
         assert len(connectors) == layout.replicas * shards
         self._peers = [_Peer(connector) for connector in connectors]
         # Every shard's FFN replicas, the one this attention replica prefers first: the load spreads without a word.
@@ -135,11 +135,12 @@ class FFNGroup:
     def send(self, micro_batch: int, call: FFNCall) -> None:
         """Sends each shard its rows. Raises WorkerDiedError or WorkerTimeoutError when a shard stays out of reach."""
         tag = CallTag(self._replica, self._step, call.layer, micro_batch)
-        flight = _Flight(tag, call, self._divide(call), sent_at=time.monotonic())
-        self._flights[micro_batch] = flight
-        for shard in flight.parts:
-            self._send_part(flight, shard, deadline=flight.sent_at + self._timeout_s)
-        flight.sending_s = time.monotonic() - flight.sent_at
+        sent_at = time.monotonic()
+        parts = {0: _Part(call, None)} if self._num_shards == 1 else self._divide(call)
+        flight = self._flights[micro_batch] = _Flight(tag, call, parts, sent_at)
+        for shard in parts:
+            self._send_part(flight, shard, sent_at + self._timeout_s)
+        flight.sending_s = time.monotonic() - sent_at
 
     def receive(self, micro_batch: int) -> Tensor:
         """The sum of all shards' partial results, [T, H] in the model's dtype; valid until the next `send`."""

@@ -71,10 +71,7 @@ class SocketLink(Link):
         sent = self._sent[micro_batch]
         assert sent is not None, "a call must be sent before its answer is received"
         assert sent.tag == tag, f"{tag} is not the call under way, {sent.tag} is"
-        if self._arrived[micro_batch] is None:
-            self._read_until(tag, micro_batch, timeout_s)
-        header = self._arrived[micro_batch]
-        assert header is not None
+        header = self._arrived[micro_batch] or self._read_until(tag, micro_batch, timeout_s)
         if header.kind is Kind.FAILURE:
             reason = self._messages.pop(micro_batch).decode("utf-8", "replace")
             raise WorkerError(self.worker, reason, layer=tag.layer, step=tag.step)
@@ -93,34 +90,35 @@ class SocketLink(Link):
             if self._outbox.flush():
                 return
 
-    def _read_until(self, tag: CallTag, micro_batch: int, timeout_s: float) -> None:
+    def _read_until(self, tag: CallTag, micro_batch: int, timeout_s: float) -> Header:
         """Takes in answers, and writes on what is left of calls, until the micro-batch's own answer is there."""
         sock = self._open_socket(tag)
         deadline = time.monotonic() + timeout_s
+        left_s = timeout_s
         in_time = True  # at least one look, however late: the answer may be there
         try:
-            while self._arrived[micro_batch] is None:
+            while True:
                 events = select.POLLIN | (select.POLLOUT if len(self._outbox) else 0)
-                if not in_time or not self._wait(sock, events, deadline - time.monotonic()):
+                if not in_time or not self._wait(sock, events, left_s):
                     problem = f"no answer within {timeout_s:g} s"
                     raise WorkerTimeoutError(self.worker, problem, layer=tag.layer, step=tag.step)
-                in_time = time.monotonic() < deadline
                 if len(self._outbox):
                     self._outbox.flush()
-                self._take_frames()
+                for header in self._reader.read(self._payload_of):
+                    sent = self._sent[header.tag.micro_batch]
+                    if sent is not None and header.sequence == sent.sequence:
+                        self._arrived[header.tag.micro_batch] = header
+                    # else: the answer to a call that was sent again, or given up, meanwhile
+                answer = self._arrived[micro_batch]
+                if answer is not None:
+                    return answer
+                left_s = deadline - time.monotonic()
+                in_time = left_s > 0
         except FrameError as error:
             self.close()
             raise ProtocolError(self.worker, f"{error}", layer=tag.layer, step=tag.step) from None
         except (EOFError, OSError) as error:
             raise self._died(tag, error) from None
-
-    def _take_frames(self) -> None:
-        """Reads answers as far as they came."""
-        for header in self._reader.read(self._payload_of):
-            sent = self._sent[header.tag.micro_batch]
-            if sent is not None and header.sequence == sent.sequence:
-                self._arrived[header.tag.micro_batch] = header
-            # else: the answer to a call that was sent again, or given up, meanwhile
 
     def _payload_of(self, header: Header) -> list[memoryview]:
         micro_batch = header.tag.micro_batch

@@ -1,4 +1,4 @@
-"""The FFN side of all links over sockets, shm and tcp, in one selector loop on the FFN worker's own thread.
+"""The FFN side of all links over sockets, shm and tcp, in one epoll loop on the FFN worker's own thread.
 
 Nothing here blocks but the one wait for events: bytes are read and written as far as they come, so a slow, frozen or
 hostile peer costs the others nothing. What goes wrong on a connection ends that connection and is logged, no more.
@@ -7,10 +7,9 @@ What does not live here: serving calls (ffn/), encoding (wire.py).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
-import selectors
+import select
 import socket
 import sys
 import time
@@ -45,7 +44,8 @@ class SocketListener(Listener):
         tcp: bool = True,
     ) -> None:
         self._secret = secret
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._watched: dict[int, socket.socket] = {}  # by descriptor
         self._doors: list[socket.socket] = []
         self._closed_until: dict[socket.socket, float] = {}  # doors that pause; monotonic seconds
         self._candidates: dict[socket.socket, Candidate] = {}  # in order of arrival
@@ -70,8 +70,16 @@ class SocketListener(Listener):
             if self._closed_until:
                 left_s = min(left_s, _ACCEPT_PAUSE_S)
                 self._open_doors_again()
-            for key, events in self._selector.select(left_s):
-                self._serve(key.data, events, calls)
+            for descriptor, events in self._epoll.poll(left_s):
+                sock = self._watched.get(descriptor)
+                if sock is None:
+                    continue  # ended while the events of this round were served
+                if sock in self._links:
+                    self._exchange(sock, events, calls)
+                elif sock in self._candidates:
+                    self._introduce(sock)
+                else:
+                    self._accept(sock)
             if self._candidates:
                 self._drop_silent_candidates()
             if calls or time.monotonic() >= deadline:
@@ -92,27 +100,20 @@ class SocketListener(Listener):
             sock.close()
         self._links.clear()
         self._candidates.clear()
-        self._selector.close()
+        self._watched.clear()
+        self._epoll.close()
 
     # --- events ----------------------------------------------------------------------------------------------------
-
-    def _serve(self, sock: socket.socket, events: int, calls: list[ServedCall]) -> None:
-        if sock in self._links:
-            self._exchange(sock, events, calls)
-        elif sock in self._doors:
-            self._accept(sock)
-        elif sock in self._candidates:
-            self._introduce(sock)
-        # else: ended while the events of this round were served
 
     def _exchange(self, sock: socket.socket, events: int, calls: list[ServedCall]) -> None:
         link = self._links[sock]
         try:
-            if events & selectors.EVENT_WRITE:
+            if events & ~select.EPOLLIN:
                 link.flush()
-            if events & selectors.EVENT_READ:
+            if events & ~select.EPOLLOUT:
                 calls.extend(link.read_calls())
-            self._watch_writes(sock, link)
+            if link.has_output != link.watched_for_writes:
+                self._watch_writes(sock, link)
         except FrameError as error:
             self._drop(sock, logging.WARNING, f"it does not follow the protocol: {error}")
         except (EOFError, OSError) as error:
@@ -121,15 +122,21 @@ class SocketListener(Listener):
             self._drop(sock, logging.ERROR, f"it cannot be served: {type(error).__name__}: {error}")
 
     def _watch_writes(self, sock: socket.socket, link: ServedLink) -> None:
-        if link.has_output != link.watched_for_writes:
-            link.watched_for_writes = link.has_output
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.has_output else 0)
-            self._selector.modify(sock, events, sock)
+        link.watched_for_writes = link.has_output
+        self._epoll.modify(sock, select.EPOLLIN | (select.EPOLLOUT if link.has_output else 0))
 
     def output_pending(self, sock: socket.socket) -> None:
         """A link's answer did not leave at once: `wait` sends the rest when the peer takes it."""
         if sock in self._links:
             self._watch_writes(sock, self._links[sock])
+
+    def _watch(self, sock: socket.socket) -> None:
+        self._epoll.register(sock, select.EPOLLIN)
+        self._watched[sock.fileno()] = sock
+
+    def _watch_no_more(self, sock: socket.socket) -> None:
+        if self._watched.pop(sock.fileno(), None) is not None:
+            self._epoll.unregister(sock)
 
     def _accept(self, door: socket.socket) -> None:
         try:
@@ -137,7 +144,7 @@ class SocketListener(Listener):
         except (BlockingIOError, ConnectionAbortedError):
             return  # gone again already
         except OSError as error:  # it still waits, and would be the next event again at once
-            self._selector.unregister(door)
+            self._watch_no_more(door)
             self._closed_until[door] = time.monotonic() + _ACCEPT_PAUSE_S
             logger.warning("%s: a connection could not be accepted: %s", self.endpoint.worker, error)
             return
@@ -150,7 +157,7 @@ class SocketListener(Listener):
                 # An attention worker that leaves answers unread for as long as a dead one can dial again.
                 notice_dead_host(sock, peer_reads_at_once=True)
             self._candidates[sock] = Candidate(sock, self._secret)
-            self._selector.register(sock, selectors.EVENT_READ, sock)
+            self._watch(sock)
         except OSError as error:
             self._candidates.pop(sock, None)
             sock.close()
@@ -160,7 +167,7 @@ class SocketListener(Listener):
         now = time.monotonic()
         for door in [door for door, until in self._closed_until.items() if until <= now]:
             del self._closed_until[door]
-            self._selector.register(door, selectors.EVENT_READ, door)
+            self._watch(door)
 
     def _introduce(self, sock: socket.socket) -> None:
         candidate = self._candidates[sock]
@@ -205,8 +212,7 @@ class SocketListener(Listener):
                    exc_info=level >= logging.ERROR)  # fmt: skip
 
     def _end(self, sock: socket.socket) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(sock)
+        self._watch_no_more(sock)
         sock.close()
 
     def _open_door(self, family: int, address: str | tuple[str, int]) -> socket.socket:
@@ -219,5 +225,5 @@ class SocketListener(Listener):
             raise
         sock.setblocking(False)
         self._doors.append(sock)
-        self._selector.register(sock, selectors.EVENT_READ, sock)
+        self._watch(sock)
         return sock

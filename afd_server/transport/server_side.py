@@ -1,6 +1,6 @@
 """One connection as the FFN worker sees it: first a candidate that must prove itself, then a link with calls to serve.
 
-Both are driven by listener.py's selector loop, and neither ever blocks. What does not live here: the loop, and which
+Both are driven by listener.py's loop, and neither ever blocks. What does not live here: the loop, and which
 connections there are.
 """
 
@@ -116,6 +116,7 @@ class ServedLink:
     ) -> None:
         self.replica = replica
         self.closed = False
+        self.latest = [0] * NUM_SLOTS  # sequence number of each micro-batch's last call
         self.watched_for_writes = False  # the listener's note
         self._socket = sock
         self._slots = slots
@@ -123,7 +124,6 @@ class ServedLink:
         self._output_pending = output_pending
         self._reader = FrameReader(sock)
         self._outbox = Outbox(sock)
-        self._latest = [0] * NUM_SLOTS  # sequence number of each micro-batch's last call
 
     @property
     def has_output(self) -> bool:
@@ -143,9 +143,6 @@ class ServedLink:
 
     def close(self) -> None:
         self.closed = True
-
-    def is_latest(self, header: Header) -> bool:
-        return self._latest[header.tag.micro_batch] == header.sequence
 
     def answer_place(self, header: Header) -> Tensor:
         return self._slots.answer(header.tag.micro_batch, header.rows)
@@ -178,9 +175,9 @@ class ServedLink:
             raise FrameError("expert ids over a link without them")
         if header.payload_bytes != self._slots.layout.call_bytes(header.rows, header.routed):
             raise FrameError(f"{header.payload_bytes} bytes for {header.rows} rows")
-        if header.sequence <= self._latest[tag.micro_batch]:
-            raise FrameError(f"call {header.sequence} after call {self._latest[tag.micro_batch]}")
-        self._latest[tag.micro_batch] = header.sequence
+        if header.sequence <= self.latest[tag.micro_batch]:
+            raise FrameError(f"call {header.sequence} after call {self.latest[tag.micro_batch]}")
+        self.latest[tag.micro_batch] = header.sequence
         if not self._payload_on_socket:
             return []
         return self._slots.call_buffers(tag.micro_batch, header.rows, header.routed)
@@ -201,7 +198,8 @@ class ServedCall(IncomingCall):
     @property
     def wanted(self) -> bool:
         """Whether somebody waits for the answer: the link is open and the call was not sent again."""
-        return not self._link.closed and self._link.is_latest(self._header)
+        link, header = self._link, self._header
+        return not link.closed and link.latest[header.tag.micro_batch] == header.sequence
 
     def answer_buffer(self) -> Tensor:
         # A superseded call must not touch the answer to its successor, which may be read this moment. A call that is

@@ -12,6 +12,7 @@ Shapes: T rows of a micro-batch, H hidden size, K experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _FIELD_ALIGNMENT_BYTES = 64  # a cache line
 _SLOT_ALIGNMENT_BYTES = 4096  # a page: an unused micro-batch never touches memory
 
-# Views of slots that are kept per link.
-_MAX_VIEWS = 256
+# Micro-batches and rows whose views are kept per link.
+_MAX_VIEWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,16 @@ class SlotLayout:
         return Field(offset, dtype, columns, row_bytes)
 
 
+class SlotViews(NamedTuple):
+    """The tensors of one micro-batch's slots for a number of rows. scales: None unless the wire carries fp8."""
+
+    x: Tensor
+    scales: Tensor | None
+    topk_ids: Tensor
+    topk_weights: Tensor
+    y: Tensor
+
+
 class Slots:
     """A link's memory, seen as tensors (for the model) and as bytes (for a socket).
 
@@ -101,7 +112,7 @@ class Slots:
                 memory = torch.empty(self.layout.total_bytes, dtype=torch.uint8, device=device)
             assert len(memory) == self.layout.total_bytes
             self._memory = memory
-        self._views: dict[tuple[int, int], Tensor] = {}  # by first byte and rows
+        self._views: dict[tuple[int, int], SlotViews] = {}  # by micro-batch and rows
         self._bytes: memoryview | None = memory.numpy().data if memory.device.type == "cpu" else None
 
     def write_call(self, micro_batch: int, call: FFNCall) -> None:
@@ -109,39 +120,32 @@ class Slots:
         (rows, hidden_size), shape = call.x.shape, self.shape
         assert 1 <= rows <= shape.max_rows, f"{rows} rows over a link for {shape.max_rows}"
         assert hidden_size == shape.hidden_size, f"hidden size {hidden_size}, not {shape.hidden_size}"
-        start = self.layout.call_start(micro_batch)
-        x_TH = self._tensor(start, self.layout.x, rows)
-        if self.layout.scales is None:
-            x_TH.copy_(call.x)
+        views = self._views.get((micro_batch, rows)) or self._view(micro_batch, rows)
+        if views.scales is None:
+            views.x.copy_(call.x)
         else:
             quantized_TH, scales_T1 = quantize_rows(call.x)
-            x_TH.copy_(quantized_TH)
-            self._tensor(start, self.layout.scales, rows).copy_(scales_T1)
+            views.x.copy_(quantized_TH)
+            views.scales.copy_(scales_T1)
         if call.topk_ids is not None:
             assert call.topk_weights is not None
-            assert call.topk_ids.shape == call.topk_weights.shape == (rows, shape.top_k)
-            self._tensor(start, self.layout.topk_ids, rows).copy_(call.topk_ids)
-            self._tensor(start, self.layout.topk_weights, rows).copy_(call.topk_weights)
+            assert call.topk_ids.shape == call.topk_weights.shape == views.topk_ids.shape
+            views.topk_ids.copy_(call.topk_ids)
+            views.topk_weights.copy_(call.topk_weights)
 
     def read_call(self, micro_batch: int, layer: int, rows: int, routed: bool) -> FFNCall:
         """The call in the slot, as views where the encoding allows; fp8 is decoded to bfloat16."""
-        start = self.layout.call_start(micro_batch)
-        x_TH = self._tensor(start, self.layout.x, rows)
-        if self.layout.scales is not None:
-            scales_T1 = self._tensor(start, self.layout.scales, rows)
-            x_TH = (x_TH.to(torch.float32) * scales_T1).to(self.layout.answer_dtype)
+        views = self._views.get((micro_batch, rows)) or self._view(micro_batch, rows)
+        x_TH = views.x
+        if views.scales is not None:
+            x_TH = (x_TH.to(torch.float32) * views.scales).to(self.layout.answer_dtype)
         if not routed:
             return FFNCall(layer, x_TH, None, None)
-        return FFNCall(
-            layer,
-            x_TH,
-            self._tensor(start, self.layout.topk_ids, rows),
-            self._tensor(start, self.layout.topk_weights, rows),
-        )
+        return FFNCall(layer, x_TH, views.topk_ids, views.topk_weights)
 
     def answer(self, micro_batch: int, rows: int) -> Tensor:
         """The answer's place: [rows, H] in the answer's dtype."""
-        return self._tensor(self.layout.answer_start(micro_batch), self.layout.y, rows)
+        return (self._views.get((micro_batch, rows)) or self._view(micro_batch, rows)).y
 
     def call_buffers(self, micro_batch: int, rows: int, routed: bool) -> list[memoryview]:
         """The call's bytes as they travel on a socket, to send from or to receive into."""
@@ -151,17 +155,24 @@ class Slots:
     def answer_buffers(self, micro_batch: int, rows: int) -> list[memoryview]:
         return [self._buffer(self.layout.answer_start(micro_batch), self.layout.y, rows)]
 
-    def _tensor(self, start: int, field: Field, rows: int) -> Tensor:
+    def _view(self, micro_batch: int, rows: int) -> SlotViews:
         # Kept, because making a view costs as much as a system call and all layers of a step ask for the same ones.
+        if len(self._views) >= _MAX_VIEWS:
+            self._views.clear()
+        layout, start = self.layout, self.layout.call_start(micro_batch)
+        with torch.inference_mode(False):
+            views = self._views[micro_batch, rows] = SlotViews(
+                self._tensor(start, layout.x, rows),
+                None if layout.scales is None else self._tensor(start, layout.scales, rows),
+                self._tensor(start, layout.topk_ids, rows),
+                self._tensor(start, layout.topk_weights, rows),
+                self._tensor(layout.answer_start(micro_batch), layout.y, rows),
+            )
+        return views
+
+    def _tensor(self, start: int, field: Field, rows: int) -> Tensor:
         first = start + field.offset_bytes
-        view = self._views.get((first, rows))
-        if view is None:
-            if len(self._views) >= _MAX_VIEWS:
-                self._views.clear()
-            with torch.inference_mode(False):
-                flat = self._memory[first : first + rows * field.row_bytes].view(field.dtype)
-                view = self._views[first, rows] = flat.view(rows, field.columns)
-        return view
+        return self._memory[first : first + rows * field.row_bytes].view(field.dtype).view(rows, field.columns)
 
     def _buffer(self, start: int, field: Field, rows: int) -> memoryview:
         assert self._bytes is not None
