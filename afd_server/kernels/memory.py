@@ -13,7 +13,8 @@ def allocate(num_bytes: int) -> Tensor:
 
     Pages are taken when they are first touched.
     """
-    memory = mmap.mmap(-1, max(1, num_bytes))
+    # Private: what may be shared counts as a file, and gets no huge pages.
+    memory = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]

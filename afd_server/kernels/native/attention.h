@@ -186,8 +186,7 @@ private:
                 for (int b = 0; b < GROUP; b++) sums[a][b] += query * key[b];
             }
         }
-        for (int a = 0; a < GROUP; a++)
-            for (int b = 0; b < GROUP; b++) scores[a][column + b] = sum_of_lanes(sums[a][b]);
+        sums_of_lanes(sums, scores[0] + column, TILE_TOKENS);
     }
 
     // Scores become weights relative to the running maximum, 0 from `seen` on; what was summed so far is scaled to it.
@@ -197,7 +196,9 @@ private:
             return;
         }
         for (int j = seen; j < TILE_TOKENS; j++) scores[j] = -INFINITY;
-        const float now = std::max(highest, *std::max_element(scores, scores + seen));
+        vec largest = load(scores);
+        for (int j = LANES; j < TILE_TOKENS; j += LANES) largest = load(scores + j) > largest ? load(scores + j) : largest;
+        const float now = std::max(highest, largest_lane(largest));
         if (now != highest) {
             float shrink[LANES];
             store(shrink, exponential(broadcast(highest - now)));

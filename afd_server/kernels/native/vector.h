@@ -54,21 +54,65 @@ inline void assign(bfloat16& to, float value) {  // rounded to nearest, ties to 
     to.bits = value != value ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// The lanes' sum, by halves: 16 lanes are added as 8 and 8, these as 4 and 4.
-inline float sum_of_lanes(vec value) {
-    typedef float four __attribute__((vector_size(16)));
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+
+// The lanes brought together by halves: 16 as 8 and 8, these as 4 and 4, with `both` of two vectors.
+template <class Both>
+inline float fold(vec value, const Both& both) {
 #if defined(__AVX512F__)
-    typedef float eight __attribute__((vector_size(32)));
-    const eight both = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
-                       __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
-    const four sums = __builtin_shufflevector(both, both, 0, 1, 2, 3) + __builtin_shufflevector(both, both, 4, 5, 6, 7);
+    const auto eight = both(__builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7),
+                            __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15));
+    const four lanes = both(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
 #elif defined(__AVX2__)
-    const four sums = __builtin_shufflevector(value, value, 0, 1, 2, 3) + __builtin_shufflevector(value, value, 4, 5, 6, 7);
+    const four lanes = both(__builtin_shufflevector(value, value, 0, 1, 2, 3), __builtin_shufflevector(value, value, 4, 5, 6, 7));
 #else
-    const four sums = value;
+    const four lanes = value;
 #endif
-    const four pairs = sums + __builtin_shufflevector(sums, sums, 2, 3, 0, 1);
-    return pairs[0] + pairs[1];
+    const four pairs = both(lanes, __builtin_shufflevector(lanes, lanes, 2, 3, 0, 1));
+    return both(pairs, __builtin_shufflevector(pairs, pairs, 1, 0, 3, 2))[0];
+}
+
+inline float sum_of_lanes(vec value) {
+    return fold(value, [](auto a, auto b) { return a + b; });
+}
+
+inline float largest_lane(vec value) {
+    return fold(value, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// sums[row][column]'s lanes added up, for 4 rows and 4 columns, to to[row * stride + column].
+inline void sums_of_lanes(const vec (&sums)[4][4], float* to, long stride) {
+#if defined(__AVX512F__)
+    // A transposition that adds on its way: 16 vectors become 8, then 4 with a row each, then one with everything.
+    vec rows[4];
+    for (int row = 0; row < 4; row++) {
+        vec pairs[2];
+        for (int i = 0; i < 2; i++) {
+            const vec a = sums[row][2 * i], b = sums[row][2 * i + 1];
+            pairs[i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                       __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+        }
+        const vec a = pairs[0], b = pairs[1];
+        rows[row] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                    __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    vec halves[2];
+    for (int i = 0; i < 2; i++) {
+        const vec a = rows[2 * i], b = rows[2 * i + 1];
+        halves[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                    __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    const vec a = halves[0], b = halves[1];
+    const vec all = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                    __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    *reinterpret_cast<four*>(to) = __builtin_shufflevector(all, all, 0, 1, 2, 3);
+    *reinterpret_cast<four*>(to + stride) = __builtin_shufflevector(all, all, 4, 5, 6, 7);
+    *reinterpret_cast<four*>(to + 2 * stride) = __builtin_shufflevector(all, all, 8, 9, 10, 11);
+    *reinterpret_cast<four*>(to + 3 * stride) = __builtin_shufflevector(all, all, 12, 13, 14, 15);
+#else
+    for (int row = 0; row < 4; row++)
+        for (int column = 0; column < 4; column++) to[row * stride + column] = sum_of_lanes(sums[row][column]);
+#endif
 }
 
 // e**x within about 2 units in the last place. Below -87 it is 0, and so it is for minus infinity; above 88 it stays e**88.
