@@ -75,7 +75,7 @@ class ServeConfig:
     kernels: str = option(
         "auto",
         "cluster",
-        "on CPUs; native: this server's own, torch: torch's; auto: native where a compiler is",
+        "native: this server's own (C++ on CPUs, Triton on GPUs); torch: torch's; auto: native on CPUs with a compiler",
         KERNELS,
     )
     attention_resource: str | None = option(

@@ -15,6 +15,7 @@ import torch
 from afd_server.attention.ffn_group import GroupLayout
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError
+from afd_server.kernels.gpu.device import can_run
 from afd_server.kernels.library import KernelBuildError, library
 from afd_server.models.checkpoint import operations_for
 from afd_server.models.halves import FFNShard
@@ -77,7 +78,16 @@ def torch_device(config: ServeConfig) -> torch.device:
 
 def operations(config: ServeConfig, device: torch.device) -> Operations:
     """How a worker on this device computes; `auto` kernels are settled here, on the worker's own node. Raises ConfigError."""
-    native = device.type == "cpu" and config.kernels != "torch"
+    if device.type != "cpu":
+        # The Triton kernels are compared with torch's operations under Triton's interpreter; no GPU has run them yet.
+        if config.quantization:
+            raise ConfigError("--quantization", f"there are no {config.quantization} kernels for {device.type}")
+        if config.kernels == "native" and not can_run(device):
+            raise ConfigError(
+                "--kernels", "the GPU's kernels need Triton", "install triton, or use --kernels torch"
+            )
+        return operations_for(device, torch_dtype(config), "native" if config.kernels == "native" else "torch")
+    native = config.kernels != "torch"
     if native:
         try:
             library()
@@ -86,8 +96,6 @@ def operations(config: ServeConfig, device: torch.device) -> Operations:
                 raise ConfigError("--kernels", str(error), "use --kernels torch") from None
             logger.warning("torch's operations are used, which are slower: %s", error)
             native = False
-    if config.quantization and not native:
-        raise ConfigError("--quantization", f"there are no {config.quantization} kernels for {device.type}")
     return operations_for(device, torch_dtype(config), "native" if native else "torch", config.quantization)
 
 

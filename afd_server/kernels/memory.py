@@ -1,8 +1,10 @@
-"""Large memory as the kernels like it. Used for packed weights and for the KV cache on a CPU."""
+"""Large memory as the kernels like it: taken for packed weights and for the KV cache on a CPU, given back after loading."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -18,3 +20,11 @@ def allocate(num_bytes: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
+
+
+def give_back_freed_memory() -> None:
+    """Hands what malloc keeps of freed memory to the system: what weights were staged in while they were packed."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library's own
+        if trim is not None:
+            trim(0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from afd_server.errors import ModelError
+from afd_server.kernels.memory import give_back_freed_memory
 from afd_server.models.attention_gqa import GQAttention
 from afd_server.models.attention_mfa import FactorizedAttention
 from afd_server.models.attention_mla import LatentAttention
@@ -24,6 +25,7 @@ from afd_server.models.ffn_moe import MoEFFN
 from afd_server.models.halves import Attention, AttentionHalf, AttentionLayer, FFNHalf, FFNShard
 from afd_server.models.operations import Operations, TorchOperations
 from afd_server.models.operations_cpu import CPUOperations
+from afd_server.models.operations_gpu import GPUOperations
 from afd_server.models.rope import Rope
 from afd_server.models.router import ExpertRouter
 from afd_server.models.spec import DenseSpec, GQASpec, MLASpec, ModelSpec, MoESpec
@@ -43,12 +45,12 @@ def check_checkpoint(directory: Path, spec: ModelSpec) -> None:
 def operations_for(
     device: torch.device, dtype: torch.dtype, kernels: str = "torch", quantization: str | None = None
 ) -> Operations:
-    """How a worker computes. kernels: "native" for the CPU's own, "torch" for torch's operations, which quantise nothing."""
-    if kernels == "native":
-        assert device.type == "cpu"
+    """How a worker computes. kernels: "native" for this server's own, "torch" for torch's operations. quantization: for a CPU's
+    own only."""
+    if kernels == "native" and device.type == "cpu":
         return CPUOperations(dtype, quantization)
     assert quantization is None
-    return TorchOperations(dtype)
+    return GPUOperations(dtype) if kernels == "native" else TorchOperations(dtype)
 
 
 def load_attention_half(
@@ -77,7 +79,7 @@ def load_attention_half(
         )
         for layer, ffn in enumerate(spec.ffn)
     ]
-    return AttentionHalf(
+    half = AttentionHalf(
         spec,
         embedding=embedding,
         layers=layers,
@@ -90,6 +92,8 @@ def load_attention_half(
         cache_dtype=dtype,
         device=device,
     )
+    give_back_freed_memory()
+    return half
 
 
 def load_ffn_half(
@@ -112,6 +116,7 @@ def load_ffn_half(
         else:
             router = _router(reader, layer, ffn) if gate_on == "ffn" else None
             layers.append(_experts(reader, layer, ffn, shard, router))
+    give_back_freed_memory()
     return FFNHalf(layers, device=device, dtype=operations.activation_dtype)
 
 

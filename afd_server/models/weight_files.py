@@ -17,6 +17,7 @@ from afd_server.errors import ModelError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAX_OPEN_FILES = 2
 
 
 class WeightFiles:
@@ -56,6 +57,9 @@ class WeightFiles:
 
     def _file(self, file_name: str) -> Any:
         if file_name not in self._open:
+            # What was read stays mapped, and in memory, while its file is open: tensors come nearly in the files' order.
+            while len(self._open) >= MAX_OPEN_FILES:
+                del self._open[next(iter(self._open))]
             path = self._directory / file_name
             try:
                 self._open[file_name] = safe_open(path, framework="pt")

@@ -1,0 +1,48 @@
+"""The GPU's Triton kernels behind the interface of operations.py, for decoding rows and for experts; the rest is torch's.
+
+What lives here: which calls the kernels take. What does not: the kernels (kernels/gpu/). Shapes: as in operations.py.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from afd_server.kernels.gpu.attention import paged_decode_attention
+from afd_server.kernels.gpu.experts import grouped_expert_ffn
+from afd_server.kernels.gpu.rows import add_rms_norm
+from afd_server.models.batch import AttentionBatch
+from afd_server.models.operations import Experts, TorchOperations
+
+
+class GroupedExperts:
+    def __init__(self, gate_up: Tensor, down: Tensor, first_expert: int) -> None:
+        self._gate_up, self._down, self._first_expert = gate_up, down, first_expert
+
+    def forward(
+        self, x_TH: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        return grouped_expert_ffn(
+            x_TH, self._gate_up, self._down, topk_ids, topk_weights, first_expert=self._first_expert, out=out
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [self._gate_up, self._down]
+
+
+class GPUOperations(TorchOperations):
+    """Weights and activations of one type. Prompt chunks, several rows of a request, are attended to by torch."""
+
+    def add_rms_norm(self, x_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float) -> Tensor:
+        return add_rms_norm(x_TH, delta_TH, weight_H, eps)
+
+    def attend(
+        self, query_TNK: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, value_dim: int
+    ) -> Tensor:
+        if len(batch.requests) != len(query_TNK):
+            return super().attend(query_TNK, cache, batch, scale, value_dim)
+        return paged_decode_attention(
+            query_TNK, cache, batch.block_tables, batch.lengths, scale, value_dim=value_dim
+        )
+
+    def experts(self, gate_up: Tensor, down: Tensor, first_expert: int) -> Experts:
+        return GroupedExperts(gate_up, down, first_expert)
