@@ -51,6 +51,8 @@ def start_ray(config: ServeConfig) -> None:
     _check_address(config.ray_address)
     handler = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray runs workers at niceness 15, so that a driver stays responsive. Here the workers are what everybody waits for.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # worker lines in a log file, too, without terminal codes
     # Workers see every GPU of their node even when they ask for none, as with CUDA itself.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
