@@ -89,12 +89,14 @@ private:
             highest[i] = -INFINITY;
         }
         const int most = visible[pairs - 1];
-        for (int first = 0; first < most; first += TILE_TOKENS) {
+        Tokens tiles[2];
+        locate(unit, 0, most, tiles[0]);
+        for (int first = 0, tile = 0; first < most; first += TILE_TOKENS, tile ^= 1) {
+            const Tokens &here = tiles[tile], &ahead = tiles[tile ^ 1];
+            if (first + TILE_TOKENS < most) locate(unit, first + TILE_TOKENS, most, tiles[tile ^ 1]);
             const float *keys[TILE_TOKENS], *values[TILE_TOKENS];
             const int tokens = std::min(TILE_TOKENS, most - first);
-            find_tokens(unit, first, tokens, workspace, keys, values);
-            Ahead ahead;
-            look_ahead(unit, first + TILE_TOKENS, most, ahead);
+            as_floats(here, tokens, workspace, keys, values);
             float scores[BLOCK_ROWS][TILE_TOKENS];
             score(scaled, key_width, pairs, keys, tokens, ahead, scores);
             for (int i = 0; i < pairs; i++)
@@ -110,48 +112,45 @@ private:
 
     static long rounded_up(long dim) { return (dim + LANES - 1) / LANES * LANES; }
 
-    const Element* entry_of(const Unit& unit, int token) const {
-        const int32_t* table = requests.tables + unit.request * requests.max_blocks;
-        return cache + table[token / layout.block_tokens] * layout.block_stride +
-               token % layout.block_tokens * layout.token_stride;
-    }
-
-    // The next tile's entries are asked for line by line while this tile's are computed: tokens lie apart, so the hardware
-    // does not guess where, and all at once they would fill the core's miss buffers and stop it.
-    struct Ahead {
+    // Where a tile's keys and values lie; beyond the last token, that one's again. A tile's are known one tile before it is
+    // computed: they are asked for line by line meanwhile. Tokens lie apart, so the hardware does not guess where, and all at
+    // once they would fill the core's miss buffers and stop it.
+    struct Tokens {
         const Element *keys[TILE_TOKENS], *values[TILE_TOKENS];
     };
 
-    void look_ahead(const Unit& unit, int first, int last, Ahead& ahead) const {
+    void locate(const Unit& unit, int first, int last, Tokens& tokens) const {
+        const int32_t* table = requests.tables + unit.request * requests.max_blocks;
+        const int block_tokens = int(layout.block_tokens);
+        int block = first / block_tokens, offset = first % block_tokens;  // the only divisions: they are slow
+        const Element* entry = nullptr;
         for (int j = 0; j < TILE_TOKENS; j++) {
-            const Element* entry = entry_of(unit, std::min(first + j, last - 1));
-            ahead.keys[j] = entry + layout.key_offset + unit.key_head * layout.key_stride;
-            ahead.values[j] = entry + layout.value_offset + unit.key_head * layout.value_stride;
+            if (first + j < last) {
+                entry = cache + table[block] * layout.block_stride + offset * layout.token_stride;
+                if (++offset == block_tokens) offset = 0, block++;
+            }
+            tokens.keys[j] = entry + layout.key_offset + unit.key_head * layout.key_stride;
+            tokens.values[j] = entry + layout.value_offset + unit.key_head * layout.value_stride;
         }
     }
 
-    // Pointers to a tile's keys and values as floats: into the cache itself where it holds floats of whole vectors.
-    void find_tokens(const Unit& unit, int first, int tokens, Workspace& workspace, const float** keys,
-                     const float** values) const {
-        const bool in_place = sizeof(Element) == sizeof(float) && key_dim % LANES == 0 && value_dim % LANES == 0;
+    // The tile as floats: the cache itself where it holds floats of whole vectors, else a copy.
+    void as_floats(const Tokens& located, int tokens, Workspace& workspace, const float** keys, const float** values) const {
+        if (sizeof(Element) == sizeof(float) && key_dim % LANES == 0 && value_dim % LANES == 0) {
+            std::memcpy(keys, located.keys, sizeof located.keys);
+            std::memcpy(values, located.values, sizeof located.values);
+            return;
+        }
         const long key_width = rounded_up(key_dim), value_width = rounded_up(value_dim);
-        float* copy = in_place ? nullptr : workspace.converted.template get<float>(TILE_TOKENS * (key_width + value_width));
-        for (int j = 0; j < tokens; j++) {
-            const Element* entry = entry_of(unit, first + j);
-            const Element* key = entry + layout.key_offset + unit.key_head * layout.key_stride;
-            const Element* value = entry + layout.value_offset + unit.key_head * layout.value_stride;
-            if (in_place) {
-                keys[j] = reinterpret_cast<const float*>(key);
-                values[j] = reinterpret_cast<const float*>(value);
-                continue;
-            }
-            float* own = copy + j * (key_width + value_width);
+        float* copy = workspace.converted.template get<float>(TILE_TOKENS * (key_width + value_width));
+        for (int j = 0; j < TILE_TOKENS; j++) {
+            float* own = copy + std::min(j, tokens - 1) * (key_width + value_width);
             keys[j] = own;
             values[j] = own + key_width;
-            convert(key, key_dim, key_width, own);
-            convert(value, value_dim, value_width, own + key_width);
+            if (j >= tokens) continue;
+            convert(located.keys[j], key_dim, key_width, own);
+            convert(located.values[j], value_dim, value_width, own + key_width);
         }
-        for (int j = tokens; j < TILE_TOKENS; j++) keys[j] = keys[0], values[j] = values[0];  // computed, and not used
     }
 
     static void convert(const Element* from, long dim, long width, float* to) {
@@ -161,7 +160,7 @@ private:
     }
 
     static void score(const float* scaled, long width, int pairs, const float* const* keys, int tokens,
-                      const Ahead& ahead, float (*scores)[TILE_TOKENS]) {
+                      const Tokens& ahead, float (*scores)[TILE_TOKENS]) {
         for (int i = 0; i < pairs; i += GROUP)
             for (int j = 0; j < tokens; j += GROUP)
                 (i ? score_group<false> : score_group<true>)(scaled + i * width, width, keys + j, ahead.keys + j,
@@ -214,7 +213,7 @@ private:
     }
 
     static void add_values(const float (*scores)[TILE_TOKENS], int pairs, const float* const* values, int tokens,
-                           const Ahead& ahead, float* sums, long width) {
+                           const Tokens& ahead, float* sums, long width) {
         for (int i = 0; i < pairs; i += GROUP)
             for (long first = 0; first < width;) {
                 const bool four = first + GROUP * LANES <= width;
