@@ -11,7 +11,9 @@ import pytest
 def test_the_kernels_pass_under_the_interpreter(interpreted):
     if interpreted:
         pytest.skip("this process interprets: the tests run in it")
-    files = [Path(__file__).with_name(f"test_{name}.py") for name in ("attention", "experts", "rows", "operations")]
+    files = [
+        Path(__file__).with_name(f"test_{name}.py") for name in ("attention", "experts", "rows", "operations")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *files],
         capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[4],
