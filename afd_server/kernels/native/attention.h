@@ -170,7 +170,11 @@ private:
     template <bool LOOKS_AHEAD>
     static void score_group(const float* scaled, long width, const float* const* keys, const Element* const* ahead,
                             float (*scores)[TILE_TOKENS], int column) {
-        vec sums[GROUP][GROUP] = {};
+        vec sums[GROUP][GROUP];
+#pragma GCC unroll 4
+        for (int a = 0; a < GROUP; a++)
+#pragma GCC unroll 4
+            for (int b = 0; b < GROUP; b++) sums[a][b] = vec{};
         for (long d = 0; d < width; d += LANES) {
             vec key[GROUP];
 #pragma GCC unroll 4
@@ -228,7 +232,9 @@ private:
     static void add_vectors(const float (*scores)[TILE_TOKENS], const float* const* values, const Element* const* ahead,
                             int tokens, float* sums, long width, long first) {
         vec totals[GROUP][VECTORS];
+#pragma GCC unroll 4
         for (int a = 0; a < GROUP; a++)
+#pragma GCC unroll 4
             for (int b = 0; b < VECTORS; b++) totals[a][b] = load(sums + a * width + first + b * LANES);
         for (int j = 0; j < tokens; j++) {
             vec value[VECTORS];
@@ -242,7 +248,9 @@ private:
 #pragma GCC unroll 4
                 for (int b = 0; b < VECTORS; b++) totals[a][b] += broadcast(scores[a][j]) * value[b];
         }
+#pragma GCC unroll 4
         for (int a = 0; a < GROUP; a++)
+#pragma GCC unroll 4
             for (int b = 0; b < VECTORS; b++) store(sums + a * width + first + b * LANES, totals[a][b]);
     }
 };

@@ -81,12 +81,14 @@ inline float largest_lane(vec value) {
 }
 
 // sums[row][column]'s lanes added up, for 4 rows and 4 columns, to to[row * stride + column].
-inline void sums_of_lanes(const vec (&sums)[4][4], float* to, long stride) {
+__attribute__((always_inline)) inline void sums_of_lanes(const vec (&sums)[4][4], float* to, long stride) {
 #if defined(__AVX512F__)
     // A transposition that adds on its way: 16 vectors become 8, then 4 with a row each, then one with everything.
     vec rows[4];
+#pragma GCC unroll 4
     for (int row = 0; row < 4; row++) {
         vec pairs[2];
+#pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             const vec a = sums[row][2 * i], b = sums[row][2 * i + 1];
             pairs[i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
@@ -97,6 +99,7 @@ inline void sums_of_lanes(const vec (&sums)[4][4], float* to, long stride) {
                     __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     }
     vec halves[2];
+#pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
         const vec a = rows[2 * i], b = rows[2 * i + 1];
         halves[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
