@@ -6,7 +6,8 @@
 // not depend on who computes a chunk.
 //
 // Every thread that calls kernels has helpers of its own. After a job they look out for the next one for SPIN_US, since the
-// kernels of a layer follow one another closely, and then sleep: the core belongs to the other side of the model.
+// kernels of a layer follow one another closely and waking an idle core takes long; in between they give the core to whoever
+// waits for it, such as the other side of the model.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +24,7 @@
 
 namespace afd {
 
-constexpr int SPIN_US = 20;
+constexpr int SPIN_US = 200;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -109,6 +110,7 @@ private:
                 if (job_.load(std::memory_order_acquire) != seen) return;
                 pause();
             }
+            sched_yield();
         } while (std::chrono::steady_clock::now() < until);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
         job_.wait(seen, std::memory_order_acquire);
