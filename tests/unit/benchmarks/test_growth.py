@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import SHAPES, config
 from growth import APART, MERGED, best, decode_s, decoding, replicas_s
 from load import Result
