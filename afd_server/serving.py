@@ -113,7 +113,10 @@ def _workers(config: ServeConfig) -> Workers:
         from afd_server.llm import LocalWorkers
 
         return LocalWorkers(config)
-    from afd_server.cluster.ray_cluster import RayCluster
+    from afd_server.cluster.ray_environment import prepare_environment
+
+    prepare_environment(own_cluster=config.ray_address is None)
+    from afd_server.cluster.ray_cluster import RayCluster  # imports ray, which reads the environment
 
     return RayCluster(config)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import threading
 import time
@@ -50,12 +49,6 @@ def start_ray(config: ServeConfig) -> None:
     """
     _check_address(config.ray_address)
     handler = signal.getsignal(signal.SIGTERM)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray runs workers at niceness 15, so that a driver stays responsive. Here the workers are what everybody waits for.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # worker lines in a log file, too, without terminal codes
-    # Workers see every GPU of their node even when they ask for none, as with CUDA itself.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     workers = config.attention_workers + config.ffn_workers
     own = {} if config.ray_address else {
         # One CPU a worker is a matter of placement here, not of speed: more workers than cores must start too.

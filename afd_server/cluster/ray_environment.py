@@ -1,0 +1,59 @@
+"""What Ray reads from the environment: addresses, the token, priorities. To be set before ray is imported.
+
+Imports no ray, for that reason. Called by serving.py. What somebody has set already stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+from afd_server.errors import StartError
+
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray runs workers at niceness 15, so that a driver stays responsive. Here the workers are what everybody waits for.
+    "RAY_worker_niceness": "0",
+    "RAY_COLOR_PREFIX": "0",  # worker lines in a log file, too, without terminal codes
+    # Workers see every GPU of their node even when they ask for none, as with CUDA itself.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+# A cluster of this host alone listens on 127.0.0.1 alone and demands a token. The first name is Ray's switch for hosts
+# whose addresses are not to be used, whatever their system; without it every process of Ray listens on all of them.
+OWN_CLUSTER_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+
+
+def prepare_environment(*, own_cluster: bool) -> None:
+    """Sets what this process and those that it starts need, for a cluster of its own or for another's.
+
+    Raises StartError when a token is needed and cannot be kept.
+    """
+    for name, value in {**SETTINGS, **(OWN_CLUSTER_SETTINGS if own_cluster else {})}.items():
+        os.environ.setdefault(name, value)
+    named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if own_cluster and os.environ["RAY_AUTH_MODE"] == "token" and not named:
+        make_token(Path.home() / ".ray" / "auth_token")
+
+
+def make_token(file: Path) -> None:
+    """Writes a new token, readable by this user alone, unless there is one. Raises StartError.
+
+    At Ray's own default path Ray would make one too, and let every user of the host read it.
+    """
+    if file.exists():
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent) as whole:  # mode 600
+            whole.write(secrets.token_hex(32))
+            whole.flush()
+            with contextlib.suppress(FileExistsError):  # another server was faster: both use its token
+                os.link(whole.name, file)
+    except OSError as error:
+        raise StartError(
+            f"the token of the Ray cluster cannot be kept: {error} (name a file by RAY_AUTH_TOKEN_PATH)"
+        ) from None
