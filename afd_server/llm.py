@@ -68,8 +68,8 @@ class LocalWorkers:
         # 2. Attention replicas: each loads the attention weights, allocates its KV cache and connects to all of them.
         for index in range(config.attention_workers):
             _check(cancelled)
-            connectors = [self._connector(server, listener, index, secret)
-                          for server, listener in zip(self.ffn, listeners, strict=True)]  # fmt: skip
+            connectors = {at: self._connector(server, listener, index, secret)
+                          for at, (server, listener) in enumerate(zip(self.ffn, listeners, strict=True))}  # fmt: skip
             client = LocalReplicaClient(attention_name(index))
             everyone = config.attention_workers + config.ffn_workers
             replica = AttentionReplica(config, index, connectors, client.deliver, workers_per_gpu=everyone)

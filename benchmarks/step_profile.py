@@ -78,7 +78,7 @@ class Run:
     def __init__(self, config: ServeConfig, connector: Any, vocab_size: int) -> None:
         self._updates: queue.SimpleQueue[tuple[float, ReplicaUpdate]] = queue.SimpleQueue()
         self._vocab_size = vocab_size
-        self.replica = AttentionReplica(config, 0, [connector], self._note, workers_per_gpu=2)
+        self.replica = AttentionReplica(config, 0, {0: connector}, self._note, workers_per_gpu=2)
 
     def _note(self, update: ReplicaUpdate) -> None:
         self._updates.put((time.perf_counter(), update))

@@ -66,8 +66,8 @@ def echo_worker(secret: bytes) -> tuple[FFNWorker, SocketListener]:
 
 def group_to(endpoint: Endpoint, transport: str, secret: bytes) -> FFNGroup:
     connector = partial(connect, endpoint, SHAPE, 0, secret, transport)
-    layout = GroupLayout(1, 1, 1, NUM_EXPERTS)
-    return FFNGroup([connector], layout, replica=0, dtype=torch.float32, timeout_s=DEADLINE_S)
+    layout = GroupLayout(1, 1, NUM_EXPERTS)
+    return FFNGroup({0: connector}, layout, replica=0, dtype=torch.float32, timeout_s=DEADLINE_S)
 
 
 def call_of(rows: int) -> FFNCall:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -34,18 +34,23 @@ REDIAL_EVERY_S = 0.05
 DIAL_TIMEOUT_S = 2.0
 # How long a worker that let a call time out is used only when no other replica of its shard is left.
 SUSPECT_FOR_S = 60.0
+# Between two looks whether the calls to a worker that is to leave have ended.
+RETIRE_POLL_S = 0.005
 
 Connector = Callable[[float], Link]  # timeout in seconds -> a fresh link; raises WorkerError
 
 
 @dataclass(frozen=True, slots=True)
 class GroupLayout:
-    """How the FFN workers divide the model. Worker index = (replica * ep + expert shard) * tp + tensor shard."""
+    """How the FFN workers of a replica divide the model. Worker index = (replica * ep + expert shard) * tp + tensor shard."""
 
-    replicas: int
     ep: int
     tp: int
     num_experts: int  # 0 for a model without routed experts
+
+    @property
+    def shards(self) -> int:
+        return self.ep * self.tp
 
 
 @dataclass(slots=True)
@@ -68,13 +73,17 @@ class _Part:
 
 @dataclass(slots=True)
 class _Flight:
-    """A call under way: its tag, its parts by shard, when it was to leave, and how long handing it over took."""
+    """A call under way: its tag, its parts by shard, when it was to leave, and how long handing it over took.
+
+    holders: the worker that each part was sent to last.
+    """
 
     tag: CallTag
     call: FFNCall
     parts: dict[int, _Part]
     sent_at: float
     sending_s: float = 0.0
+    holders: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -94,12 +103,13 @@ def _time_at_the_worker(answer: Answer) -> int:
 class FFNGroup:
     """Channel of a pipeline (see pipeline.py) over the links to all FFN workers.
 
-    Used by one thread, the engine's; `replace` alone may come from another.
+    Used by one thread, the engine's; `replace` and `retire` may come from any other. So what they change (_peers, _choices)
+    is never changed in place: a new object takes its place.
     """
 
     def __init__(
         self,
-        connectors: Sequence[Connector],
+        connectors: Mapping[int, Connector],
         layout: GroupLayout,
         *,
         replica: int,
@@ -110,14 +120,11 @@ class FFNGroup:
         self._replica = replica
         self._dtype = dtype
         self._timeout_s = timeout_s
-        shards = self._num_shards = layout.ep * layout.tp
-        assert len(connectors) == layout.replicas * shards
-        self._peers = [_Peer(connector) for connector in connectors]
-        # Every shard's FFN replicas, the one this attention replica prefers first: the load spreads without a word.
-        self._choices = [
-            [((replica + turn) % layout.replicas) * shards + shard for turn in range(layout.replicas)]
-            for shard in range(shards)
-        ]
+        self._num_shards = layout.shards
+        self._peers = {index: _Peer(connector) for index, connector in sorted(connectors.items())}
+        self._retired: frozenset[int] = frozenset()
+        self._choices = self._choose()
+        assert all(self._choices), "every shard has a worker"
         self._flights: dict[int, _Flight] = {}
         self._lock = threading.Lock()
         self._step = 0
@@ -127,7 +134,9 @@ class FFNGroup:
         """Calls from now on belong to `step`; whatever a failed step left under way is forgotten."""
         self._step, self.timing = step, GroupTiming()
         self._flights.clear()
-        for peer in self._peers:
+        if self._retired:
+            self._forget_retired()
+        for peer in self._peers.values():
             peer.calls.clear()
 
     # --- Channel ---------------------------------------------------------------------------------------------------
@@ -218,6 +227,7 @@ class FFNGroup:
                     failure = failure or error
                     continue
                 self._peers[index].calls.add(flight.tag)
+                flight.holders[shard] = index
                 return
             assert failure is not None
             if time.monotonic() + REDIAL_EVERY_S >= deadline:
@@ -236,10 +246,7 @@ class FFNGroup:
             peer = self._peers[index]
             assert peer.link is not None
             # A worker may hang with its connection open. While there are other replicas, each gets its share of the time.
-            choices = self._choices[shard]
-            others = 0
-            if len(choices) > 1:
-                others = sum(not self._is_suspected(other) for other in choices if other != index)
+            others = sum([not self._is_suspected(other) for other in self._choices[shard] if other != index])
             left_s = max(0.0, deadline - time.monotonic())
             try:
                 answer = peer.link.receive(flight.tag, left_s / (1 + others))
@@ -258,11 +265,10 @@ class FFNGroup:
             return answer
 
     def _holder(self, flight: _Flight, shard: int) -> int | None:
-        for index in self._choices[shard]:
-            peer = self._peers[index]
-            if flight.tag in peer.calls and peer.link is not None:
-                return index
-        return None
+        """The worker that has the part, as far as is known: its link, and with it the call, may be gone."""
+        index = flight.holders[shard]
+        peer = self._peers[index]
+        return index if flight.tag in peer.calls and peer.link is not None else None
 
     def _suspect(self, index: int) -> None:
         self._peers[index].suspected_until = time.monotonic() + SUSPECT_FOR_S
@@ -294,13 +300,60 @@ class FFNGroup:
                 raise failures[0]
 
     def replace(self, index: int, connector: Connector) -> None:
-        """FFN worker `index` is reached by another way from now on: it was restarted. Callable from any thread."""
+        """FFN worker `index` is reached this way from now on: it is new, or was restarted. Callable from any thread.
+
+        A new one is asked from the next call on, also in the middle of a step.
+        """
         with self._lock:
-            self._peers[index].connector = connector
-            self._peers[index].suspected_until = 0.0
+            peer = self._peers.get(index)
+            if peer is None:
+                self._peers = {**self._peers, index: _Peer(connector)}
+            else:
+                peer.connector, peer.suspected_until = connector, 0.0
+            self._retired -= {index}
+            self._choices = self._choose()
+
+    def retire(self, index: int, timeout_s: float) -> bool:
+        """Sends no call to FFN worker `index` any more. Whether those under way have ended; they are waited for.
+
+        Callable from any thread but the engine's. Another worker must hold the same shard.
+        """
+        with self._lock:
+            if index not in self._peers:
+                return True
+            self._retired |= {index}
+            self._choices = self._choose()
+            assert all(self._choices), f"FFN worker {index} is the last one of its shard"
+            peer = self._peers[index]
+        deadline = time.monotonic() + timeout_s
+        while peer.calls and time.monotonic() < deadline:
+            time.sleep(RETIRE_POLL_S)
+        return not peer.calls
+
+    def _choose(self) -> list[list[int]]:
+        """Every shard's workers, the one this attention replica prefers first: the load spreads without a word."""
+        choices: list[list[int]] = [[] for _ in range(self._num_shards)]
+        for index in sorted(self._peers):
+            if index not in self._retired:
+                choices[index % self._num_shards].append(index)
+        return [
+            [*found[turn:], *found[:turn]]
+            for found in choices
+            for turn in (self._replica % max(1, len(found)),)
+        ]
+
+    def _forget_retired(self) -> None:
+        """Between two steps: nothing is under way."""
+        with self._lock:
+            retired, self._retired = self._retired, frozenset()
+            peers = [self._peers[index] for index in retired]
+            self._peers = {index: peer for index, peer in self._peers.items() if index not in retired}
+        for peer in peers:
+            if peer.link is not None:
+                peer.link.close()
 
     def close(self) -> None:
-        for index in range(len(self._peers)):
+        for index in self._peers:
             self._drop(index)
 
     def _link(self, index: int, timeout_s: float) -> Link:

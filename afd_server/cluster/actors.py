@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -35,11 +35,13 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-# load, replace_ffn, ping, sentinel and stop may overlap.
+# load, use_ffn, ping, sentinel and stop may overlap.
 ACTOR_THREADS = 6
 # Between two looks whether the worker's own thread lives.
 THREAD_POLL_S = 0.5
 CONTROL_TIMEOUT_S = 10.0
+# How long the calls to an FFN worker that is to leave may take. Past it they are sent again elsewhere.
+RETIRE_TIMEOUT_S = 5.0
 
 
 class WorkerActor:
@@ -93,19 +95,24 @@ class AttentionActor(WorkerActor):
         configure_logging(attention_name(index))
         super().__init__(config, index, secret)
         self._control: ControlServer | None = None
+        # The FFN workers in use, by index, and the version of that list; see Supervisor.
+        self._ffn: dict[int, Endpoint] = {}
+        self._ffn_version = 0
+        self._ffn_lock = threading.Lock()
         self._events = asyncio.new_event_loop()
         threading.Thread(target=self._events.run_forever, name="control", daemon=True).start()
 
-    def load(self, ffn: Sequence[Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
+    def load(self, version: int, ffn: Mapping[int, Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
         """Loads, connects to the FFN workers and starts the engine, instead of what ran before.
 
-        The list names the transport to each FFN worker, as it was chosen. Raises StartError with the reason.
+        ffn: where they listen, by index; version: of that. The answer's list names the transport to each of them, as it
+        was chosen. Raises StartError with the reason.
         """
-        return _explained(partial(self._load, ffn))
+        return _explained(partial(self._load, version, ffn))
 
-    def _load(self, ffn: Sequence[Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
+    def _load(self, version: int, ffn: Mapping[int, Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
         self.stop()
-        connectors = [self._connector(endpoint) for endpoint in ffn]
+        connectors = {index: self._connector(endpoint) for index, endpoint in ffn.items()}
         replica: AttentionReplica
         control = ControlServer(
             self._secret,
@@ -118,14 +125,28 @@ class AttentionActor(WorkerActor):
         replica = AttentionReplica(
             self._config, self._index, connectors, control.publish, workers_per_gpu=_workers_per_gpu()
         )
-        self._worker, self._control = replica, control
+        with self._ffn_lock:
+            self._worker, self._control = replica, control
+            self._ffn, self._ffn_version = dict(ffn), version
         self._on_events(control.start())
-        return control.endpoint, replica.info, [self._transport(endpoint) for endpoint in ffn]
+        return control.endpoint, replica.info, [self._transport(endpoint) for endpoint in ffn.values()]
 
-    def replace_ffn(self, index: int, endpoint: Endpoint) -> None:
-        """FFN worker `index` was restarted and listens there now."""
-        if isinstance(self._worker, AttentionReplica):  # else it is told when it is loaded
-            self._worker.replace_ffn(index, self._connector(endpoint))
+    def use_ffn(self, version: int, ffn: Mapping[int, Endpoint]) -> None:
+        """These are the FFN workers now, all of them; ignored when a later version is known.
+
+        Returns when no call is under way to one that is missing from them.
+        """
+        with self._ffn_lock:
+            replica = self._worker
+            if version <= self._ffn_version or not isinstance(replica, AttentionReplica):
+                return  # without a replica: it is told when it is loaded
+            before, self._ffn, self._ffn_version = self._ffn, dict(ffn), version
+            for index, endpoint in ffn.items():
+                if before.get(index) != endpoint:
+                    replica.replace_ffn(index, self._connector(endpoint))
+        for index in before.keys() - ffn.keys():
+            if not replica.retire_ffn(index, RETIRE_TIMEOUT_S):
+                logger.warning("FFN worker %d leaves with a call under way, which is sent again", index)
 
     def stop(self) -> None:
         super().stop()

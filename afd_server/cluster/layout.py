@@ -101,7 +101,7 @@ def operations(config: ServeConfig, device: torch.device) -> Operations:
 
 def group_layout(config: ServeConfig, spec: ModelSpec) -> GroupLayout:
     ep, tp = config.ffn_shards
-    return GroupLayout(config.ffn_replicas, ep, tp, num_experts=_num_experts(spec))
+    return GroupLayout(ep, tp, num_experts=_num_experts(spec))
 
 
 def ffn_shard(config: ServeConfig, index: int) -> FFNShard:

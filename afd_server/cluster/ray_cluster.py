@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from afd_server.cluster.actors import AttentionActor, FFNActor
 from afd_server.cluster.placement import START_POLL_S, Deadline, place, start_ray, stop_ray
-from afd_server.cluster.supervisor import Member, Supervisor, first_line
+from afd_server.cluster.supervisor import Member, Role, Supervisor, first_line
 from afd_server.cluster.workers import Started, attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.errors import StartError
@@ -43,9 +43,7 @@ class RayCluster:
         start_ray(config)
         self._config = config
         self._secret = secrets.token_bytes(32)
-        self._ffn: list[Member] = []
-        self._attention: list[Member] = []
-        self._supervisor = Supervisor(self._ffn, self._attention, self._connect)
+        self._supervisor = Supervisor(self._connect)
 
     def start(self, cancelled: threading.Event) -> Started:
         """Places and loads every worker, FFN first. Raises StartError with the first cause, within start_timeout.
@@ -54,16 +52,17 @@ class RayCluster:
         """
         deadline = Deadline(self._config.start_timeout, cancelled)
         actors = place(self._config, FFNActor, AttentionActor, self._secret, deadline)
-        self._ffn += [_member(ffn_name(index), actor) for index, actor in enumerate(actors.ffn)]
-        self._attention += [
-            _member(attention_name(index), actor) for index, actor in enumerate(actors.attention)
-        ]
-        ffn = self._load(self._ffn, deadline)
-        for member, (endpoint, _) in zip(self._ffn, ffn, strict=True):
-            member.endpoint = endpoint
-        attention = self._load(self._attention, deadline, self._supervisor.ffn_endpoints())
-        for member, (endpoint, _, _) in zip(self._attention, attention, strict=True):
-            member.endpoint = endpoint
+        for index, actor in enumerate(actors.ffn):
+            self._supervisor.add(_member("ffn", index, actor))
+        for index, actor in enumerate(actors.attention):
+            self._supervisor.add(_member("attention", index, actor))
+        ffn = self._load(self._supervisor.members("ffn"), deadline)
+        for member, (endpoint, info) in zip(self._supervisor.members("ffn"), ffn, strict=True):
+            member.serves_at(endpoint, info)
+        told = self._supervisor.ffn_endpoints()
+        attention = self._load(self._supervisor.members("attention"), deadline, *told)
+        for member, (endpoint, info, _) in zip(self._supervisor.members("attention"), attention, strict=True):
+            member.serves_at(endpoint, info)
         return Started(
             attention=tuple(info for _, info, _ in attention),
             ffn=tuple(info for _, info in ffn),
@@ -93,7 +92,7 @@ class RayCluster:
 
     async def connect(self) -> list[ControlClient]:
         """A client to each attention replica, for the router."""
-        return [await self._connect(member) for member in self._attention]
+        return [await self._connect(member) for member in self._supervisor.members("attention")]
 
     async def _connect(self, member: Member) -> ControlClient:
         assert member.endpoint is not None
@@ -108,7 +107,7 @@ class RayCluster:
 
     def stop(self) -> None:
         """Asks every worker to end its work, then ends the processes. Harmless when nothing was started."""
-        members = [*self._attention, *self._ffn]
+        members = [*self._supervisor.members("attention"), *self._supervisor.members("ffn")]
         try:
             ray.get([member.actor.stop.remote() for member in members], timeout=STOP_TIMEOUT_S)
         except (RayError, GetTimeoutError) as error:
@@ -118,5 +117,6 @@ class RayCluster:
         stop_ray()
 
 
-def _member(name: str, actor: Any) -> Member:
-    return Member(name, actor, life=actor.sentinel.remote())
+def _member(role: Role, index: int, actor: Any) -> Member:
+    name = ffn_name(index) if role == "ffn" else attention_name(index)
+    return Member(role, index, name, actor, life=actor.sentinel.remote())

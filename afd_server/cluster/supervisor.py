@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ray.exceptions import RayError, RayTaskError
 
+from afd_server.cluster.workers import WorkerInfo
 from afd_server.errors import WorkerError
 from afd_server.router.router import Router
 from afd_server.transport.base import Endpoint
@@ -33,52 +34,120 @@ RECONNECT_POLL_S = 1.0
 TELL_TIMEOUT_S = 10.0
 
 
+Role = Literal["attention", "ffn"]
+
+
 @dataclass(slots=True, eq=False)
 class Member:
     """One actor of the cluster.
 
-    life: a call that ends only with the actor's process, taken before that process is loaded. down_since (monotonic
-    seconds) and reason while it is not serving.
+    index: among those of its role. life: a call that ends only with the actor's process, taken before that process is
+    loaded. endpoint and info: of the last load, None before the first. down_since (monotonic seconds) and reason while
+    it is not serving.
     """
 
+    role: Role
+    index: int
     name: str
     actor: Any
     life: Any
     endpoint: Endpoint | None = None
+    info: WorkerInfo | None = None
     down_since: float | None = None
     reason: str = ""
+
+    def serves_at(self, endpoint: Endpoint, info: WorkerInfo) -> None:
+        """It has been loaded."""
+        self.endpoint, self.info = endpoint, info
 
 
 Connect = Callable[[Member], Awaitable[ControlClient]]
 
 
 class Supervisor:
-    """Watches over loaded members. connect: opens a control connection to an attention worker."""
+    """Watches over loaded members, which may come and go. connect: opens a control connection to an attention worker.
 
-    def __init__(self, ffn: Sequence[Member], attention: Sequence[Member], connect: Connect) -> None:
-        self._ffn = ffn
-        self._attention = attention
+    Attention workers are told the whole list of FFN workers whenever it changes, with a version that grows, so that news
+    which overtakes other news does no harm.
+    """
+
+    def __init__(self, connect: Connect) -> None:
+        self._members: list[Member] = []
         self._connect = connect
+        self._ffn_version = 1
+        self._tasks: asyncio.TaskGroup | None = None  # while it runs
+        self._watches: dict[Member, asyncio.Task[None]] = {}
+        self._router: Router | None = None
 
     async def run(self, router: Router) -> None:
         """Until cancelled."""
-        async with asyncio.TaskGroup() as watches:
-            for index, member in enumerate(self._ffn):
-                watches.create_task(self._watch(member, lambda at=index: self._restore_ffn(at)))  # type: ignore[misc]
-            for member in self._attention:
-                watches.create_task(self._watch(member, lambda of=member: self._restore_attention(of, router)))  # type: ignore[misc]
-            watches.create_task(self._watch_connections(router))
+        async with asyncio.TaskGroup() as self._tasks:
+            self._router = router
+            for member in self._members:
+                self._watches[member] = self._tasks.create_task(self._watch(member))
+            self._tasks.create_task(self._watch_connections(router))
+
+    # --- the members -----------------------------------------------------------------------------------------------
+
+    def members(self, role: Role) -> list[Member]:
+        """Those of a role, by index."""
+        return sorted((member for member in self._members if member.role == role), key=lambda each: each.index)
+
+    def add(self, member: Member) -> None:
+        """Watches over it from now on. Attention workers hear of a new FFN worker by `tell_ffn`."""
+        self._members.append(member)
+        if self._tasks is not None:
+            self._watches[member] = self._tasks.create_task(self._watch(member))
+
+    def remove(self, member: Member) -> None:
+        """It may end: nobody brings it back. Attention workers hear that an FFN worker leaves by `tell_ffn`."""
+        self._members.remove(member)
+        watch = self._watches.pop(member, None)
+        if watch is not None:
+            watch.cancel()
+
+    def ffn_endpoints(self) -> tuple[int, dict[int, Endpoint]]:
+        """Where the FFN workers listen, or listened last, by index; and the version of that."""
+        ffn = self.members("ffn")
+        return self._ffn_version, {
+            member.index: member.endpoint for member in ffn if member.endpoint is not None
+        }
+
+    async def tell_ffn(self) -> None:
+        """The list of FFN workers has changed: tells every attention worker that is up.
+
+        Each of them has it in its queue when this returns, and if it confirms in time, no call under way to one that left.
+        """
+        self._ffn_version += 1
+        alive = [member for member in self.members("attention") if member.down_since is None]
+        await asyncio.gather(*(self._tell(member) for member in alive))
+
+    async def load_attention(self, member: Member) -> ControlClient:
+        """Loads an attention worker and connects to it. Raises RayError or WorkerError.
+
+        It is to be a member, and up, before anything else is awaited: until then nobody tells it of FFN workers.
+        """
+        version, endpoints = self.ffn_endpoints()
+        endpoint, info, _ = await member.actor.load.remote(version, endpoints)
+        member.serves_at(endpoint, info)
+        client = await self._connect(member)
+        while version != self._ffn_version:  # those that changed meanwhile were told to the ones that were up
+            version = self._ffn_version
+            await self._tell(member)
+        return client
 
     def health(self) -> list[str]:
         """One sentence for each worker that is down: which, since when, why."""
         now = time.monotonic()
         return [
             f"{member.name} has been down for {now - member.down_since:.1f} s: {member.reason}"
-            for member in (*self._ffn, *self._attention)
+            for member in self._members
             if member.down_since is not None
         ]
 
-    async def _watch(self, member: Member, restore: Callable[[], Awaitable[None]]) -> None:
+    # --- what happens to them --------------------------------------------------------------------------------------
+
+    async def _watch(self, member: Member) -> None:
         while True:
             try:
                 await member.life
@@ -93,40 +162,31 @@ class Supervisor:
                         member.actor.ping.remote()
                     )  # the new process is there, and whatever is asked now is asked of it
                     member.life = member.actor.sentinel.remote()
-                    await restore()
+                    if member.role == "ffn":
+                        await self._restore_ffn(member)
+                    else:
+                        await self._restore_attention(member)
                 except (RayError, WorkerError) as error:
                     _note(member, f"is not back yet: {first_line(error)}")
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, MAX_RETRY_AFTER_S)
 
-    async def _restore_ffn(self, index: int) -> None:
-        member = self._ffn[index]
-        member.endpoint, _ = await member.actor.load.remote()
-        alive = [attention for attention in self._attention if attention.down_since is None]
-        await asyncio.gather(*(_tell(attention, index, member.endpoint) for attention in alive))
+    async def _restore_ffn(self, member: Member) -> None:
+        member.serves_at(*await member.actor.load.remote())
+        await self.tell_ffn()
         _back(member)
 
-    async def _restore_attention(self, member: Member, router: Router) -> None:
-        told = self.ffn_endpoints()
-        member.endpoint, _, _ = await member.actor.load.remote(told)
-        client = await self._connect(member)
-        # FFN workers that were restarted while this one was loading have told only those that were up.
-        while (now := self.ffn_endpoints()) != told:
-            changed = [index for index, endpoint in enumerate(now) if endpoint != told[index]]
-            await asyncio.gather(*(_tell(member, index, now[index]) for index in changed))
-            told = now
-        router.replace(member.name, client)
+    async def _restore_attention(self, member: Member) -> None:
+        assert self._router is not None
+        client = await self.load_attention(member)
+        self._router.replace(member.name, client)
         _back(member)
-
-    def ffn_endpoints(self) -> list[Endpoint]:
-        """Where the FFN workers listen, or listened last, by index."""
-        return [member.endpoint for member in self._ffn if member.endpoint is not None]
 
     async def _watch_connections(self, router: Router) -> None:
         """Connects again to attention workers that live although their control connection has ended."""
         while True:
             await asyncio.sleep(RECONNECT_POLL_S)
-            for member in self._attention:
+            for member in self.members("attention"):
                 if member.name not in router.lost() or member.down_since is not None:
                     continue
                 try:
@@ -136,20 +196,17 @@ class Supervisor:
                 else:
                     router.replace(member.name, client)
 
+    async def _tell(self, member: Member) -> None:
+        """Tells an attention worker where the FFN workers are now.
 
-async def _tell(member: Member, index: int, endpoint: Endpoint) -> None:
-    """Tells an attention worker where FFN worker `index` is now.
-
-    The call is in the worker's queue from here on. One that is slow to take it is not waited for, and one that dies
-    meanwhile learns the same when it is loaded again.
-    """
-    try:
-        async with asyncio.timeout(TELL_TIMEOUT_S):
-            await member.actor.replace_ffn.remote(index, endpoint)
-    except (RayError, TimeoutError) as error:
-        logger.warning(
-            "%s has not confirmed the restart of FFN worker %d: %s", member.name, index, first_line(error)
-        )
+        The call is in the worker's queue from here on. One that is slow to take it is not waited for, and one that dies
+        meanwhile learns the same when it is loaded again.
+        """
+        try:
+            async with asyncio.timeout(TELL_TIMEOUT_S):
+                await member.actor.use_ffn.remote(*self.ffn_endpoints())
+        except (RayError, TimeoutError) as error:
+            logger.warning("%s has not confirmed the new FFN workers: %s", member.name, first_line(error))
 
 
 def _note(member: Member, reason: str) -> None:

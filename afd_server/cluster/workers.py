@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,7 +119,7 @@ class FFNServer:
 class AttentionReplica:
     """One attention worker: weights, KV cache, engine and the thread that runs it. `config` is a resolved one.
 
-    connectors: how to reach each FFN worker, by index. on_update is called on the engine's thread after each step.
+    connectors: how to reach each FFN worker, by its index. on_update is called on the engine's thread after each step.
     workers_per_gpu: how many workers of any kind may share this one's GPU.
     """
 
@@ -127,7 +127,7 @@ class AttentionReplica:
         self,
         config: ServeConfig,
         index: int,
-        connectors: Sequence[Connector],
+        connectors: Mapping[int, Connector],
         on_update: Callable[[ReplicaUpdate], None],
         *,
         workers_per_gpu: int,
@@ -174,8 +174,12 @@ class AttentionReplica:
                     self.info.kv_cache_tokens, device.type, time.perf_counter() - started)  # fmt: skip
 
     def replace_ffn(self, index: int, connector: Connector) -> None:
-        """FFN worker `index` was restarted and is reached this way now. Callable from any thread."""
+        """FFN worker `index` is new or was restarted, and is reached this way now. Callable from any thread."""
         self._ffn_group.replace(index, connector)
+
+    def retire_ffn(self, index: int, timeout_s: float) -> bool:
+        """FFN worker `index` is to leave: whether no call to it is under way any more. Callable from any thread."""
+        return self._ffn_group.retire(index, timeout_s)
 
     def is_alive(self) -> bool:
         """Whether requests are run."""

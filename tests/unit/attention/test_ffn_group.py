@@ -44,7 +44,7 @@ class Workers:
     """`replicas` x `ep` x `tp` workers on threads."""
 
     def __init__(self, replicas=1, ep=1, tp=1):
-        self.layout = GroupLayout(replicas, ep, tp, EXPERTS)
+        self.layout = GroupLayout(ep, tp, EXPERTS)
         self.halves, self.listeners, self.workers, self.threads = [], [], [], []
         for index in range(replicas * ep * tp):
             rank = index // tp % ep
@@ -62,12 +62,12 @@ class Workers:
         self.workers[index].stop()
         self.threads[index].join(10)
 
-    def connector(self, index):
+    def connector(self, index, replica=0):
         listener = self.listeners[index]
-        return lambda timeout_s: listener.connect(SHAPE, 0)
+        return lambda timeout_s: listener.connect(SHAPE, replica)
 
     def group(self, timeout_s=10.0):
-        connectors = [self.connector(index) for index in range(len(self.workers))]
+        connectors = {index: self.connector(index) for index in range(len(self.workers))}
         group = FFNGroup(connectors, self.layout, replica=0, dtype=torch.float32, timeout_s=timeout_s)
         group.begin_step(1)
         return group
@@ -251,6 +251,63 @@ def test_nobody_there_at_start_is_an_error():
     def refuse(timeout_s):
         raise WorkerDiedError("ffn-0", "cannot be reached: connection refused")
 
-    group = FFNGroup([refuse], GroupLayout(1, 1, 1, 0), replica=0, dtype=torch.float32, timeout_s=0.1)
+    group = FFNGroup({0: refuse}, GroupLayout(1, 1, 0), replica=0, dtype=torch.float32, timeout_s=0.1)
     with pytest.raises(WorkerDiedError, match="refused"):
         group.connect()
+
+
+def test_a_new_replica_takes_part_and_an_old_one_leaves_between_two_calls(start_workers):
+    workers = start_workers(replicas=2, ep=2)
+    group = FFNGroup({0: workers.connector(0, 1), 1: workers.connector(1, 1)}, workers.layout, replica=1,
+                     dtype=torch.float32, timeout_s=10.0)  # fmt: skip
+    group.connect()
+
+    def one_step(step):
+        group.begin_step(step)
+        call = moe_call(seed=step)
+        group.send(0, call)
+        torch.testing.assert_close(group.receive(0), expected(call))
+        return [len(half.rows_seen) for half in workers.halves]
+
+    assert one_step(1) == [1, 1, 0, 0]
+    for index in (2, 3):
+        group.replace(index, workers.connector(index, 1))
+    assert one_step(2) == [1, 1, 1, 1]  # attention replica 1 prefers FFN replica 1, now that there is one
+    for index in (0, 1):
+        assert group.retire(index, 1.0)
+        workers.stop(index)
+    assert one_step(3) == [1, 1, 2, 2]
+    workers.stop(2)
+    workers.start(2)
+    group.replace(2, workers.connector(2, 1))  # nobody else has its shard any more
+    assert one_step(4) == [1, 1, 3, 3]
+    group.close()
+
+
+def test_a_call_under_way_ends_at_the_replica_that_leaves(start_workers):
+    workers = start_workers(replicas=2)
+    group = workers.group()
+    working, release = threading.Event(), threading.Event()
+    half, healthy = workers.halves[0], workers.halves[0].forward
+
+    def slow(call, out=None):
+        working.set()
+        assert release.wait(10)
+        return healthy(call, out)
+
+    half.forward = slow
+    call, left = moe_call(), []
+    group.send(0, call)
+    assert working.wait(10)
+    leaving = threading.Thread(target=lambda: left.append(group.retire(0, 10.0)))
+    leaving.start()
+    assert not group.retire(0, 0.02)  # it is still at it
+    release.set()
+    torch.testing.assert_close(group.receive(0), expected(call))
+    leaving.join(10)
+    assert left == [True]
+    assert [len(half.rows_seen) for half in workers.halves] == [1, 0]
+    group.send(0, call)
+    torch.testing.assert_close(group.receive(0), expected(call))
+    assert [len(half.rows_seen) for half in workers.halves] == [1, 1]
+    group.close()

@@ -34,7 +34,8 @@ class Actor:
         self._alive = asyncio.get_running_loop().create_future()
 
     def die(self):
-        self._alive.set_exception(RayActorError())
+        if not self._alive.cancelled():  # by a watch that has ended
+            self._alive.set_exception(RayActorError())
         self._alive = asyncio.get_running_loop().create_future()
 
     def __getattr__(self, name):
@@ -47,32 +48,40 @@ class Actor:
         pass
 
     async def _load(self, *arguments):
-        self.loads.append(*arguments or [None])
+        self.loads.append(arguments)
         if self.failures:
             raise self.failures.pop(0)
         endpoint = Endpoint(self.name, "node", None, "127.0.0.1", len(self.loads))
         return (endpoint, None, []) if self._attention else (endpoint, None)
 
-    async def _replace_ffn(self, index, endpoint):
+    async def _use_ffn(self, version, endpoints):
         if self.deaf:
             await asyncio.Event().wait()
-        self.told.append((index, endpoint.port))
+        self.told.append(ports(endpoints))
+
+
+def ports(endpoints):
+    return [endpoint.port for _, endpoint in sorted(endpoints.items())]
 
 
 class Cluster:
     """2 attention and 2 FFN members, loaded once (port 0), and a router that notes the clients it is given."""
 
     def __init__(self):
-        self.ffn = [self._member(f"ffn-{index}", False) for index in range(2)]
-        self.attention = [self._member(f"attention-{index}", True) for index in range(2)]
+        self.ffn = [self.member("ffn", index) for index in range(2)]
+        self.attention = [self.member("attention", index) for index in range(2)]
         self.replaced = []
         self.lost_names = []
         self.connect_failures = []
-        self.supervisor = Supervisor(self.ffn, self.attention, self._connect)
+        self.supervisor = Supervisor(self._connect)
+        for member in (*self.ffn, *self.attention):
+            self.supervisor.add(member)
 
-    def _member(self, name, attention):
-        actor = Actor(name, attention)
-        return Member(name, actor, actor.sentinel.remote(), Endpoint(name, "node", None, "127.0.0.1", 0))
+    def member(self, role, index):
+        name = f"{role}-{index}"
+        actor = Actor(name, role == "attention")
+        endpoint = Endpoint(name, "node", None, "127.0.0.1", 0)
+        return Member(role, index, name, actor, actor.sentinel.remote(), endpoint)
 
     async def _connect(self, member):
         if self.connect_failures:
@@ -110,9 +119,9 @@ async def test_a_dead_ffn_worker_is_loaded_again_and_every_attention_worker_is_t
         cluster.ffn[1].actor.die()
         await until(lambda: all(member.actor.told for member in cluster.attention))
         await until(lambda: cluster.supervisor.health() == [])
-        assert [member.actor.told for member in cluster.attention] == [[(1, 1)], [(1, 1)]]
+        assert [member.actor.told for member in cluster.attention] == [[[0, 1]], [[0, 1]]]
         cluster.ffn[1].actor.die()  # it is watched again
-        await until(lambda: cluster.attention[0].actor.told == [(1, 1), (1, 2)])
+        await until(lambda: cluster.attention[0].actor.told == [[0, 1], [0, 2]])
 
 
 async def test_a_dead_attention_worker_is_loaded_with_the_present_endpoints_and_connected():
@@ -120,7 +129,7 @@ async def test_a_dead_attention_worker_is_loaded_with_the_present_endpoints_and_
         cluster.attention[0].actor.die()
         await until(lambda: cluster.replaced)
         assert cluster.replaced == [("attention-0", "client of attention-0")]
-        assert [endpoint.port for endpoint in cluster.attention[0].actor.loads[0]] == [0, 0]
+        assert ports(cluster.attention[0].actor.loads[0][1]) == [0, 0]
 
 
 async def test_both_kinds_at_once_and_the_later_endpoint_wins():
@@ -130,7 +139,7 @@ async def test_both_kinds_at_once_and_the_later_endpoint_wins():
         cluster.ffn[0].actor.die()
         await until(lambda: cluster.replaced)
         loads, told = cluster.attention[0].actor.loads, cluster.attention[0].actor.told
-        assert loads[-1][0].port == 1 or told[-1] == (0, 1)
+        assert ports(loads[-1][1]) == [1, 0] or told[-1] == [1, 0]
         assert cluster.supervisor.health() == []
 
 
@@ -149,7 +158,7 @@ async def test_an_attention_worker_that_does_not_listen_holds_nobody_up(monkeypa
     async with supervised() as cluster:
         cluster.attention[0].actor.deaf = True
         cluster.ffn[0].actor.die()
-        await until(lambda: cluster.attention[1].actor.told == [(0, 1)])
+        await until(lambda: cluster.attention[1].actor.told == [[1, 0]])
         await until(lambda: cluster.supervisor.health() == [])
 
 
@@ -160,3 +169,40 @@ async def test_a_worker_that_lives_is_connected_again(monkeypatch):
         cluster.lost_names = ["attention-1"]
         await until(lambda: cluster.replaced == [("attention-1", "client of attention-1")])
         assert cluster.attention[1].actor.loads == []
+
+
+async def test_a_member_that_joins_is_watched_and_one_that_has_left_is_not():
+    async with supervised() as cluster:
+        cluster.supervisor.add(new := cluster.member("ffn", 2))
+        await cluster.supervisor.tell_ffn()
+        assert [member.actor.told for member in cluster.attention] == [[[0, 0, 0]]] * 2
+        new.actor.die()
+        await until(lambda: cluster.attention[0].actor.told[1:] == [[0, 0, 1]])
+        cluster.supervisor.remove(new)
+        await cluster.supervisor.tell_ffn()
+        assert cluster.attention[0].actor.told[2:] == [[0, 0]]
+        new.actor.die()
+        cluster.ffn[0].actor.die()  # noticed later than the other would have been
+        await until(lambda: cluster.attention[0].actor.told[3:] == [[1, 0]])
+        assert len(new.actor.loads) == 1
+        assert [member.name for member in cluster.supervisor.members("ffn")] == ["ffn-0", "ffn-1"]
+
+
+async def test_a_worker_that_loads_hears_of_what_changed_meanwhile():
+    async with supervised() as cluster:
+        new, loading, go = cluster.member("attention", 2), asyncio.Event(), asyncio.Event()
+        load = new.actor._load
+
+        async def slow_load(*arguments):
+            loading.set()
+            await go.wait()
+            return await load(*arguments)
+
+        new.actor._load = slow_load
+        joining = asyncio.create_task(cluster.supervisor.load_attention(new))
+        await loading.wait()
+        cluster.ffn[1].actor.die()
+        await until(lambda: cluster.attention[0].actor.told == [[0, 1]])
+        go.set()
+        assert await joining == "client of attention-2"
+        assert (ports(new.actor.loads[0][1]), new.actor.told) == ([0, 0], [[0, 1]])
