@@ -1,0 +1,133 @@
+"""Doing the faults of a schedule to a real server, and seeing that it has recovered from them.
+
+What is seen is what an operator sees: processes, and /health. What does not live here: which faults (schedule.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+import httpx
+import psutil
+
+from tests.chaos.schedule import Blow, Fault, Layout, Role
+from tests.server_process import Server
+
+# For a restart on a machine that is busy with something else.
+RECOVERY_TIMEOUT_S = 180.0
+POLL_S = 0.02
+ACTORS = {Role.ATTENTION: "Attention", Role.FFN: "FFN"}
+
+
+class NotRecoveredError(AssertionError):
+    """The server is not whole again. Says what is missing."""
+
+
+@dataclass(slots=True)
+class Done:
+    """A fault that was done. detected_s and recovered_s count from the first and from the last kill; None for a stop.
+
+    killed: the processes that are gone now.
+    """
+
+    fault: Fault
+    killed: list[int] = field(default_factory=list)
+    detected_s: float | None = None
+    recovered_s: float | None = None
+
+
+class Machine:
+    """A server whose workers are to be harmed."""
+
+    def __init__(self, server: Server, layout: Layout, http: httpx.AsyncClient) -> None:
+        self._server = server
+        self._layout = layout
+        self._http = http
+
+    def pids(self, role: Role) -> list[int]:
+        """The processes of a role's workers, oldest first."""
+        return sorted(self._server.pids(ACTORS[role]), key=_created_at)
+
+    async def harm(self, fault: Fault) -> Done:
+        """Does a fault and waits until the server is whole again. Raises NotRecoveredError."""
+        done = Done(fault)
+        await asyncio.sleep(fault.pause_s)
+        first_kill = last_kill = 0.0
+        watch: asyncio.Task[float] | None = None
+        stopped = []
+        for blow in fault.blows:
+            await asyncio.sleep(blow.delay_s)
+            pid = self._victim(blow)
+            if pid is None:
+                continue  # between its end and its restart: there is nobody to harm
+            if blow.stopped_s is not None:
+                stopped.append(asyncio.create_task(_stop_for(pid, blow.stopped_s)))
+                continue
+            os.kill(pid, signal.SIGKILL)
+            last_kill = time.monotonic()
+            done.killed.append(pid)
+            if watch is None:
+                first_kill = last_kill
+                watch = asyncio.create_task(self._detected())
+        await asyncio.gather(*stopped)
+        if watch is not None:
+            done.detected_s = await watch - first_kill
+        if fault.kills:
+            done.recovered_s = await self.whole_again(done.killed) - last_kill
+        return done
+
+    async def whole_again(self, gone: list[int] = []) -> float:  # noqa: B006
+        """When every worker is there, none of them one of `gone`, and /health has no complaint."""
+        deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+        missing = ""
+        while time.monotonic() < deadline:
+            missing = await self._missing(gone)
+            if not missing:
+                return time.monotonic()
+            await asyncio.sleep(POLL_S)
+        raise NotRecoveredError(f"not whole again after {RECOVERY_TIMEOUT_S:g} s: {missing}")
+
+    async def _missing(self, gone: list[int]) -> str:
+        problems = await self._problems()
+        if problems:
+            return problems
+        for role in Role:
+            pids = self.pids(role)
+            if len(pids) != self._layout.workers(role) or set(pids) & set(gone):
+                return f"{role}: processes {pids}, {self._layout.workers(role)} expected, {gone} were killed"
+        return ""
+
+    async def _detected(self) -> float:
+        deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if await self._problems():
+                return time.monotonic()
+            await asyncio.sleep(POLL_S)
+        raise NotRecoveredError("/health has not noticed a death")
+
+    async def _problems(self) -> str:
+        response = await self._http.get("/health")
+        return "" if response.status_code == 200 else response.text
+
+    def _victim(self, blow: Blow) -> int | None:
+        pids = self.pids(blow.role)
+        return pids[blow.place % len(pids)] if pids else None
+
+
+async def _stop_for(pid: int, seconds: float) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(seconds)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _created_at(pid: int) -> float:
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return float("inf")

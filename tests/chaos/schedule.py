@@ -1,0 +1,110 @@
+"""What goes wrong and when, from a seed: pure data. How a fault is done to a process is faults.py's business.
+
+No moment is a time of day: a fault comes a while after the one before it, and most wait until the server has recovered
+from that. So a slow machine runs the same faults in the same order, only later.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    ATTENTION = "attention"
+    FFN = "ffn"
+
+
+class Kind(StrEnum):
+    """Every kind of fault; its value is its name in the report."""
+
+    KILL_FFN = "kill an FFN worker"
+    KILL_ATTENTION = "kill an attention worker"
+    KILL_BOTH = "kill one of each at once"
+    KILL_AGAIN = "kill a worker, then kill while it restarts"
+    KILL_ALL = "kill every worker"
+    STOP_FFN = "stop an FFN worker for a moment"
+    STOP_ATTENTION = "stop an attention worker for a moment"
+    STOP_BOTH = "stop one of each for a moment"
+
+
+@dataclass(frozen=True, slots=True)
+class Blow:
+    """One thing done to one worker, the one at `place` (modulo their number) among those of its role.
+
+    stopped_s: None kills it (SIGKILL); a number stops it for so long (SIGSTOP, then SIGCONT).
+    delay_s: after the blow before it.
+    """
+
+    role: Role
+    place: int
+    stopped_s: float | None = None
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Blows that belong together. pause_s: between the recovery from the fault before and the first blow."""
+
+    kind: Kind
+    pause_s: float
+    blows: tuple[Blow, ...]
+
+    @property
+    def kills(self) -> bool:
+        """Whether a process has to be replaced."""
+        return any(blow.stopped_s is None for blow in self.blows)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many workers of each role the server has."""
+
+    attention: int
+    ffn: int
+
+    def workers(self, role: Role) -> int:
+        return self.attention if role is Role.ATTENTION else self.ffn
+
+
+LONGEST_PAUSE_S = 2.0
+# While a worker restarts: its process is being started, or has just come up and loads.
+AGAIN_WITHIN_S = 6.0
+# Far below every deadline of the server.
+MOMENT_S = (0.05, 0.5)
+
+
+def schedule(seed: int, layout: Layout, kinds: Sequence[Kind] = tuple(Kind)) -> Iterator[Fault]:
+    """Faults without end. Each kind comes once in every round, in a new order each time."""
+    dice = random.Random(seed)
+    while True:
+        for kind in dice.sample(kinds, len(kinds)):
+            yield Fault(kind, dice.uniform(0, LONGEST_PAUSE_S), _blows(kind, layout, dice))
+
+
+def _blows(kind: Kind, layout: Layout, dice: random.Random) -> tuple[Blow, ...]:
+    def one(role: Role, stopped_s: float | None = None, delay_s: float = 0.0) -> Blow:
+        return Blow(role, dice.randrange(layout.workers(role)), stopped_s, delay_s)
+
+    def moment_s() -> float:
+        return dice.uniform(*MOMENT_S)
+
+    match kind:
+        case Kind.KILL_FFN:
+            return (one(Role.FFN),)
+        case Kind.KILL_ATTENTION:
+            return (one(Role.ATTENTION),)
+        case Kind.KILL_BOTH:
+            return tuple(one(role) for role in dice.sample(tuple(Role), 2))
+        case Kind.KILL_AGAIN:
+            return (one(dice.choice(tuple(Role))), one(dice.choice(tuple(Role)), delay_s=dice.uniform(0, AGAIN_WITHIN_S)))
+        case Kind.KILL_ALL:
+            return tuple(Blow(role, place) for role in Role for place in range(layout.workers(role)))
+        case Kind.STOP_FFN:
+            return (one(Role.FFN, moment_s()),)
+        case Kind.STOP_ATTENTION:
+            return (one(Role.ATTENTION, moment_s()),)
+        case Kind.STOP_BOTH:
+            return tuple(one(role, moment_s()) for role in Role)
