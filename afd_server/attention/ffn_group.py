@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -286,18 +286,26 @@ class FFNGroup:
     def connect(self) -> None:
         """Opens every link, so that a wrong address or secret shows at start.
 
-        Raises WorkerError when no replica of a shard can be reached; one that is down while another is up may come later.
+        Raises WorkerError when no replica of a shard can be reached in time: the only one may be restarting. One that is
+        down while another is up may come later.
         """
         deadline = time.monotonic() + self._timeout_s
         for choices in self._choices:
-            failures = []
-            for index in choices:
-                try:
-                    self._link(index, deadline - time.monotonic())
-                except (WorkerDiedError, WorkerTimeoutError) as error:
-                    failures.append(error)
-            if len(failures) == len(choices):
-                raise failures[0]
+            while len(failures := self._dial(choices, deadline)) == len(choices):
+                if time.monotonic() + REDIAL_EVERY_S >= deadline:
+                    raise failures[0]
+                time.sleep(REDIAL_EVERY_S)
+
+    def _dial(self, choices: Collection[int], deadline: float) -> list[WorkerError]:
+        """Opens the links to a shard's replicas; gives the failures."""
+        failures: list[WorkerError] = []
+        for index in choices:
+            left_s = deadline - time.monotonic()
+            try:
+                self._link(index, left_s if len(choices) == 1 else min(left_s, DIAL_TIMEOUT_S))
+            except (WorkerDiedError, WorkerTimeoutError) as error:
+                failures.append(error)
+        return failures
 
     def replace(self, index: int, connector: Connector) -> None:
         """FFN worker `index` is reached this way from now on: it is new, or was restarted. Callable from any thread.

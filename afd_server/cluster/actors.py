@@ -23,10 +23,10 @@ from afd_server.attention.ffn_group import Connector
 from afd_server.cluster.layout import link_shape
 from afd_server.cluster.workers import AttentionReplica, FFNServer, WorkerInfo, attention_name, ffn_name
 from afd_server.config import ServeConfig
-from afd_server.errors import ServingError, StartError
+from afd_server.errors import ServingError, StartError, WorkerDiedError
 from afd_server.models.families import read_model_spec
 from afd_server.telemetry.logs import configure_logging
-from afd_server.transport.base import Endpoint
+from afd_server.transport.base import Endpoint, Link
 from afd_server.transport.connect import choose_transport, connect
 from afd_server.transport.control import ControlServer
 from afd_server.transport.listener import SocketListener
@@ -95,7 +95,7 @@ class AttentionActor(WorkerActor):
         configure_logging(attention_name(index))
         super().__init__(config, index, secret)
         self._control: ControlServer | None = None
-        # The FFN workers in use, by index, and the version of that list; see Supervisor.
+        # The FFN workers in use, or to be used by a load under way, by index, and the version of that list; see Supervisor.
         self._ffn: dict[int, Endpoint] = {}
         self._ffn_version = 0
         self._ffn_lock = threading.Lock()
@@ -112,7 +112,9 @@ class AttentionActor(WorkerActor):
 
     def _load(self, version: int, ffn: Mapping[int, Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
         self.stop()
-        connectors = {index: self._connector(endpoint) for index, endpoint in ffn.items()}
+        with self._ffn_lock:
+            self._ffn, self._ffn_version = dict(ffn), version
+        connectors = {index: self._connector(index) for index in ffn}
         replica: AttentionReplica
         control = ControlServer(
             self._secret,
@@ -127,7 +129,6 @@ class AttentionActor(WorkerActor):
         )
         with self._ffn_lock:
             self._worker, self._control = replica, control
-            self._ffn, self._ffn_version = dict(ffn), version
         self._on_events(control.start())
         return control.endpoint, replica.info, [self._transport(endpoint) for endpoint in ffn.values()]
 
@@ -138,12 +139,16 @@ class AttentionActor(WorkerActor):
         """
         with self._ffn_lock:
             replica = self._worker
-            if version <= self._ffn_version or not isinstance(replica, AttentionReplica):
-                return  # without a replica: it is told when it is loaded
+            if version <= self._ffn_version:
+                return
+            if not isinstance(replica, AttentionReplica):
+                # A load under way dials there, too. Who has come or gone it is told again when it is loaded.
+                self._ffn |= {index: endpoint for index, endpoint in ffn.items() if index in self._ffn}
+                return
             before, self._ffn, self._ffn_version = self._ffn, dict(ffn), version
             for index, endpoint in ffn.items():
                 if before.get(index) != endpoint:
-                    replica.replace_ffn(index, self._connector(endpoint))
+                    replica.replace_ffn(index, self._connector(index))
         for index in before.keys() - ffn.keys():
             if not replica.retire_ffn(index, RETIRE_TIMEOUT_S):
                 logger.warning("FFN worker %d leaves with a call under way, which is sent again", index)
@@ -160,10 +165,17 @@ class AttentionActor(WorkerActor):
     def _transport(self, endpoint: Endpoint) -> str:
         return choose_transport(self._config.transport, _node(), endpoint)
 
-    def _connector(self, endpoint: Endpoint) -> Connector:
+    def _connector(self, index: int) -> Connector:
+        """Dials FFN worker `index` where it listens at that moment."""
         shape = link_shape(self._config, read_model_spec(self._config.model))
-        transport = self._transport(endpoint)
-        return lambda timeout_s: connect(endpoint, shape, self._index, self._secret, transport, timeout_s)
+
+        def dial(timeout_s: float) -> Link:
+            endpoint = self._ffn.get(index)
+            if endpoint is None:
+                raise WorkerDiedError(ffn_name(index), "it has left")
+            return connect(endpoint, shape, self._index, self._secret, self._transport(endpoint), timeout_s)
+
+        return dial
 
 
 def _explained(load: Callable[[], Result]) -> Result:

@@ -20,6 +20,10 @@ SETTINGS = {
     "RAY_COLOR_PREFIX": "0",  # worker lines in a log file, too, without terminal codes
     # Workers see every GPU of their node even when they ask for none, as with CUDA itself.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # How soon a call fails whose actor has died: Ray waits this long for news of the death, and looks this often. Its own
+    # values, a second each, make two of them.
+    "RAY_timeout_ms_task_wait_for_death_info": "100",
+    "RAY_core_worker_internal_heartbeat_ms": "100",
 }
 
 # A cluster of this host alone listens on 127.0.0.1 alone and demands a token. The first name is Ray's switch for hosts

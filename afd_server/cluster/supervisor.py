@@ -114,13 +114,12 @@ class Supervisor:
         }
 
     async def tell_ffn(self) -> None:
-        """The list of FFN workers has changed: tells every attention worker that is up.
+        """The list of FFN workers has changed: tells every attention worker, one that loads included: it may wait for them.
 
         Each of them has it in its queue when this returns, and if it confirms in time, no call under way to one that left.
         """
         self._ffn_version += 1
-        alive = [member for member in self.members("attention") if member.down_since is None]
-        await asyncio.gather(*(self._tell(member) for member in alive))
+        await asyncio.gather(*(self._tell(member) for member in self.members("attention")))
 
     async def load_attention(self, member: Member) -> ControlClient:
         """Loads an attention worker and connects to it. Raises RayError or WorkerError.
@@ -131,7 +130,9 @@ class Supervisor:
         endpoint, info, _ = await member.actor.load.remote(version, endpoints)
         member.serves_at(endpoint, info)
         client = await self._connect(member)
-        while version != self._ffn_version:  # those that changed meanwhile were told to the ones that were up
+        while (
+            version != self._ffn_version
+        ):  # those that changed meanwhile may have been told to the process before
             version = self._ffn_version
             await self._tell(member)
         return client
@@ -206,7 +207,8 @@ class Supervisor:
             async with asyncio.timeout(TELL_TIMEOUT_S):
                 await member.actor.use_ffn.remote(*self.ffn_endpoints())
         except (RayError, TimeoutError) as error:
-            logger.warning("%s has not confirmed the new FFN workers: %s", member.name, first_line(error))
+            if member.down_since is None:
+                logger.warning("%s has not confirmed the new FFN workers: %s", member.name, first_line(error))
 
 
 def _note(member: Member, reason: str) -> None:

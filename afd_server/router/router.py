@@ -99,17 +99,15 @@ class Router:
         """The request's outputs, the last of which has a finish_reason. No token comes twice; what waits together for the
         reader comes as one output.
 
-        Closing the generator before that aborts the request at its replica, at once. Raises UnavailableError when no
-        replica lives, when the replica dies and no other takes over in time, and when the router closes.
+        Closing the generator before that aborts the request at its replica, at once. Raises UnavailableError when for
+        failover_timeout_s no replica has been there to take it, and when the router closes.
         """
         if self._closed:
             raise UnavailableError(self._closed)
         assert request.request_id not in self._streams, "request ids are unique"
-        stream = Stream(request)
-        if not self._place(stream):
-            raise UnavailableError("no attention worker is alive; " + "; ".join(self.health()))
-        self._streams[request.request_id] = stream
+        stream = self._streams[request.request_id] = Stream(request)
         try:
+            self._place_or_wait(stream)
             while True:
                 output = await stream.next()
                 yield output
@@ -193,6 +191,17 @@ class Router:
             return True
         return False
 
+    def _place_or_wait(self, stream: Stream) -> None:
+        """Where no replica lives the request waits for one that is restarted."""
+        if self._place(stream):
+            return
+        self._orphans[stream] = None
+        deaths = "; ".join(f"{name} died ({replica.reason})" for name, replica in self._replicas.items())
+        stream.give_up_after(
+            self._failover_timeout_s,
+            f"no attention worker took over within {self._failover_timeout_s:g} s: {deaths}",
+        )
+
     def _best_replica(self, prompt_token_ids: Sequence[int]) -> Replica | None:
         known_tokens = self._prefixes.known_tokens(prompt_token_ids)
         return min(
@@ -210,13 +219,7 @@ class Router:
         lost, replica.streams = list(replica.streams.values()), {}
         logger.error("%s is out of reach with %d requests: %s", replica.client.worker, len(lost), reason)
         for stream in lost:
-            self._orphans[stream] = None
-            if not self._place(stream):
-                stream.give_up_after(
-                    self._failover_timeout_s,
-                    f"{replica.client.worker} died ({reason}) and no attention worker took over within "
-                    f"{self._failover_timeout_s:g} s",
-                )
+            self._place_or_wait(stream)
 
     def _leave(self, stream: Stream) -> None:
         """Nobody reads this stream any more. If it has not ended, its replica is told."""

@@ -55,7 +55,9 @@ class Family:
     def survivors(self, timeout_s: float) -> list[str]:
         """Those that still live after `timeout_s` at the latest."""
         _, alive = psutil.wait_procs(list(self._seen), timeout=timeout_s)
-        return [f"{process.pid} {' '.join(process.cmdline())[:100]}" for process in alive if process.is_running()]
+        return [
+            f"{process.pid} {' '.join(process.cmdline())[:100]}" for process in alive if process.is_running()
+        ]
 
 
 def abandoned_shared_memory(since: float) -> list[str]:

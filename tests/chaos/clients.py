@@ -104,7 +104,9 @@ class Client:
     async def _stream(self, job: Job, answer: Answer, told: Told) -> Answer:
         heard_at = time.monotonic()
         usage, done = None, False
-        async with self._http.stream("POST", "/v1/completions", json={"model": self._model, **job.body}) as response:
+        async with self._http.stream(
+            "POST", "/v1/completions", json={"model": self._model, **job.body}
+        ) as response:
             if response.status_code != 200:
                 raise ValueError(f"HTTP {response.status_code}: {(await response.aread()).decode()[:500]}")
             async for line in response.aiter_lines():

@@ -99,7 +99,10 @@ def _blows(kind: Kind, layout: Layout, dice: random.Random) -> tuple[Blow, ...]:
         case Kind.KILL_BOTH:
             return tuple(one(role) for role in dice.sample(tuple(Role), 2))
         case Kind.KILL_AGAIN:
-            return (one(dice.choice(tuple(Role))), one(dice.choice(tuple(Role)), delay_s=dice.uniform(0, AGAIN_WITHIN_S)))
+            return (
+                one(dice.choice(tuple(Role))),
+                one(dice.choice(tuple(Role)), delay_s=dice.uniform(0, AGAIN_WITHIN_S)),
+            )
         case Kind.KILL_ALL:
             return tuple(Blow(role, place) for role in Role for place in range(layout.workers(role)))
         case Kind.STOP_FFN:

@@ -247,6 +247,31 @@ def test_an_exception_in_the_expert_code_is_told_and_the_worker_lives(start_work
     group.close()
 
 
+def test_the_start_waits_for_a_worker_that_restarts(start_workers):
+    workers = start_workers()
+    workers.stop(0)
+    group = workers.group()
+    refused = threading.Event()
+
+    def dial(timeout_s):  # the workers' present listener, as a worker's present endpoint
+        try:
+            return workers.connector(0)(timeout_s)
+        except WorkerDiedError:
+            refused.set()
+            raise
+
+    group.replace(0, dial)
+    restarting = threading.Thread(target=lambda: refused.wait(10) and workers.start(0))
+    restarting.start()
+    group.connect()
+    assert refused.is_set()
+    call = moe_call()
+    group.send(0, call)
+    torch.testing.assert_close(group.receive(0), expected(call))
+    group.close()
+    restarting.join()
+
+
 def test_nobody_there_at_start_is_an_error():
     def refuse(timeout_s):
         raise WorkerDiedError("ffn-0", "cannot be reached: connection refused")

@@ -153,6 +153,24 @@ async def test_failures_on_the_way_back_are_retried_and_harm_nobody_else():
         assert len(cluster.attention[0].actor.loads) == 4
 
 
+async def test_a_worker_that_loads_hears_of_ffn_workers_that_come_back():
+    async with supervised() as cluster:
+        actor = cluster.attention[0].actor
+        load, loading = actor._load, asyncio.Event()
+
+        async def load_once_told(*arguments):
+            loading.set()
+            await until(lambda: actor.told)
+            return await load(*arguments)
+
+        actor._load = load_once_told
+        actor.die()
+        await loading.wait()
+        cluster.ffn[1].actor.die()
+        await until(lambda: cluster.replaced)
+        assert actor.told[0] == [0, 1]
+
+
 async def test_an_attention_worker_that_does_not_listen_holds_nobody_up(monkeypatch):
     monkeypatch.setattr("afd_server.cluster.supervisor.TELL_TIMEOUT_S", 0.05)
     async with supervised() as cluster:

@@ -43,7 +43,7 @@ async def tokens_of(router, prompt):
 
 
 async def run(client, prompts):
-    async with asyncio.timeout(20), Router([client]) as router:
+    async with asyncio.timeout(20), Router([client], failover_timeout_s=0.0) as router:
         return await asyncio.gather(*(tokens_of(router, prompt) for prompt in prompts))
 
 

@@ -248,12 +248,26 @@ async def test_waiting_for_a_replacement_ends_by_the_deadline(clients):
         assert back.submitted == []
 
 
-async def test_without_a_live_replica_new_requests_are_refused(clients):
+async def test_without_a_live_replica_new_requests_wait_for_one(clients):
     async with Router(clients[:1]) as router:
         clients[0].die()
         await until(router.health)
-        with pytest.raises(UnavailableError, match="attention-0 has been out of reach"):
+        reader = Reader(router, make_request("a"))
+        await turns()
+        router.replace("attention-0", back := MemoryClient("attention-0"))
+        await until(lambda: back.submitted)
+        back.give("a", 5, end="stop")
+        await reader.task
+        assert reader.token_ids == [5]
+
+
+async def test_a_new_request_does_not_wait_for_ever(clients):
+    async with Router(clients[:1], failover_timeout_s=0.0) as router:
+        clients[0]._dead = True  # noticed only by this request
+        with pytest.raises(UnavailableError, match=r"attention-0 died \(the connection is closed\)"):
             await anext(router.generate(make_request("a")))
+        assert not router._streams
+        assert not router._orphans
 
 
 async def test_an_error_of_the_replica_is_passed_on_and_not_repeated(clients):
