@@ -49,6 +49,13 @@ class ServeConfig:
 
     max_num_seqs: int = option(64, "engine", "requests running at once on each attention worker")
     max_num_batched_tokens: int = option(2048, "engine", "tokens of one step on each attention worker")
+    tpot_sla_ms: float | None = option(
+        None, "engine", "promise: milliseconds per output token, mean of a request; what does not fit queues"
+    )
+    ttft_sla_ms: float | None = option(
+        None, "engine", "with --tpot-sla-ms: milliseconds to the first token, else a request is refused (429)"
+    )
+    max_queue_len: int = option(256, "engine", "with --tpot-sla-ms: requests that may queue; others get 429")
     enable_chunked_prefill: bool = option(True, "engine", "cut long prompts to fit a step")
     enable_prefix_caching: bool = option(True, "kvcache", "share KV blocks of equal prompt beginnings")
     block_size: int = option(16, "kvcache", "tokens in one KV block")
@@ -103,7 +110,7 @@ class ServeConfig:
             _check_type(setting, getattr(self, setting.name))
         _check_positive(self, "max_num_seqs", "max_num_batched_tokens", "block_size", "attention_workers",
                         "ffn_workers", "ffn_replicas", "max_model_len", "kv_cache_memory_bytes",
-                        "start_timeout", "ffn_timeout")  # fmt: skip
+                        "start_timeout", "ffn_timeout", "tpot_sla_ms", "ttft_sla_ms")  # fmt: skip
         for name in ("model", "api_key", "served_model_name", "ray_address"):
             if getattr(self, name) == "":
                 raise ConfigError(flag(name), "is empty")
@@ -111,6 +118,10 @@ class ServeConfig:
             raise ConfigError("--port", f"{self.port} is not a TCP port", "0 to 65535; 0 takes a free one")
         if self.shutdown_timeout < 0:
             raise ConfigError("--shutdown-timeout", "is negative")
+        if self.max_queue_len < 0:
+            raise ConfigError("--max-queue-len", "is negative")
+        if self.ttft_sla_ms is not None and self.tpot_sla_ms is None:
+            raise ConfigError("--ttft-sla-ms", "is kept by what --tpot-sla-ms predicts", "give both")
         if self.micro_batches != "auto" and self.micro_batches not in map(str, range(1, MAX_MICRO_BATCHES + 1)):
             raise ConfigError(
                 "--micro-batches", f"{self.micro_batches!r} is not auto or 1 to {MAX_MICRO_BATCHES}"

@@ -52,12 +52,16 @@ class GenerationRequest:
 
     resumed_output_token_ids: output that another replica produced before it died. It counts as output everywhere
     (positions of random numbers, max_tokens, min_tokens, penalties) and is not sent again.
+    priority: where requests queue, the lower value goes first. vLLM's name and meaning.
+    tenant: who asks, for fairness between them: the identity of an API key and never the key; "" without one.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     resumed_output_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,8 @@ class StepTiming:
     wire_s: round trips less the FFN's computing and queueing, as far as the attention worker did nothing else meanwhile.
     bubble_s: the attention worker handed calls over or stood still, waiting.
     ffn_rows: rows of the batches that the FFN workers ran for this step's calls, merged with other replicas' calls.
+    period_s: from the end of the step before, or the moment there was work again, to the end of this one: what a decoding
+        request waits for its token. predicted_s: what the engine had expected of it; 0 when it expected nothing.
     """
 
     total_s: float
@@ -163,6 +169,8 @@ class StepTiming:
     num_micro_batches: int = 1
     num_tokens: int = 0
     ffn_rows: int = 0
+    period_s: float = 0.0
+    predicted_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +183,26 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class StepForecast:
+    """What a replica expects of its steps under a TPOT promise: a line through its model of step time, in seconds.
+
+    A step of n decoding requests and p prompt tokens takes base_s + n * request_s + p * prompt_token_s; it may take
+    limit_s. max_requests: as many may run at once.
+    """
+
+    limit_s: float
+    base_s: float
+    request_s: float
+    prompt_token_s: float
+    max_requests: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaStats:
     """An attention replica's state after a step, for the router's choice and for the metrics.
 
     The counters (num_preemptions, prefix_cache_*_tokens) only grow; the rest are current values.
+    forecast: None without a TPOT promise, and before anything was measured.
     """
 
     num_running: int = 0
@@ -189,6 +213,7 @@ class ReplicaStats:
     prefix_cache_queried_tokens: int = 0
     prefix_cache_hit_tokens: int = 0
     timing: StepTiming | None = None
+    forecast: StepForecast | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ STREAMS = {
 
 # Decisions: their tests run in milliseconds. A folder stands for every module in it.
 TORCH_FREE = (
-    "types", "config", "errors", "pipeline", "engine.scheduler", "engine.micro_batches", "kvcache.block_pool", "router",
+    "types", "config", "errors", "pipeline", "engine.scheduler", "engine.micro_batches", "engine.step_time", "engine.pace", "kvcache.block_pool", "router",
     "models.spec", "models.families",
 )  # fmt: skip
 

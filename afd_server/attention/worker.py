@@ -17,7 +17,14 @@ from afd_server.attention.sampler import Sampler
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.halves import AttentionHalf
 from afd_server.pipeline import run_pipeline
-from afd_server.types import ScheduledRequest, StepOutput, StepPlan, StepTiming
+from afd_server.types import (
+    SamplingParams,
+    ScheduledRequest,
+    StartedRequest,
+    StepOutput,
+    StepPlan,
+    StepTiming,
+)
 
 
 class AttentionWorker:
@@ -75,15 +82,20 @@ class AttentionWorker:
             ),
         )
 
-    def warm_up(self, sizes: Sequence[int]) -> list[StepTiming]:
+    def warm_up(self, sizes: Sequence[int]) -> list[tuple[StepPlan, StepTiming]]:
         """Runs one decode-like step per batch size and gives its times: first-touch costs and a first measurement.
 
         Writes into KV blocks 0 to max(sizes) - 1, so it must come before the first request.
         """
-        timings = []
+        measured = []
         for size in sizes:
-            requests = tuple(
-                ScheduledRequest(f"warm-up-{row}", 0, (0,), (row,), samples=False) for row in range(size)
+            names = tuple(f"warm-up-{row}" for row in range(size))
+            parts = tuple(ScheduledRequest(name, 0, (0,), (row,), True) for row, name in enumerate(names))
+            started = tuple(
+                StartedRequest(name, (0,), (), SamplingParams(1, temperature=0.0)) for name in names
             )
-            timings.append(self.execute(StepPlan(step=0, micro_batches=(requests,))).timing)
-        return timings
+            plan = StepPlan(0, (parts,), started)
+            measured.append((plan, self.execute(plan).timing))
+            for name in names:
+                self._sampler.forget(name)
+        return measured

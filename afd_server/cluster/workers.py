@@ -32,7 +32,9 @@ from afd_server.config import ServeConfig
 from afd_server.engine.engine import Engine
 from afd_server.engine.loop import EngineLoop
 from afd_server.engine.micro_batches import MicroBatchChooser
+from afd_server.engine.pace import Pace
 from afd_server.engine.scheduler import Scheduler
+from afd_server.engine.step_time import StepTimeModel, StepWork
 from afd_server.ffn.worker import FFNWorker
 from afd_server.kvcache.storage import allocate_cache, num_blocks_for
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half
@@ -153,16 +155,19 @@ class AttentionReplica:
             timeout_s=config.ffn_timeout,
         )
         worker = AttentionWorker(half, cache, self._ffn_group, block_size=config.block_size, device=device)
-        chooser = MicroBatchChooser(config.micro_batches)
+        chooser, model = MicroBatchChooser(config.micro_batches), StepTimeModel()
         try:
             self._ffn_group.connect()
-            for timing in worker.warm_up(_warm_up_sizes(config, num_blocks)):
+            for plan, timing in worker.warm_up(_warm_up_sizes(config, num_blocks)):
                 chooser.observe(timing)
+                model.observe(StepWork.of(plan), timing.total_s)
         except BaseException:
             self._ffn_group.close()
             raise
-        scheduler = Scheduler(config, num_blocks=num_blocks, eos_token_ids=spec.eos_token_ids)
-        self.loop = EngineLoop(Engine(worker, scheduler, chooser), on_update)
+        promise_s = config.tpot_sla_ms and config.tpot_sla_ms / 1e3
+        pace = Pace(promise_s, config.max_num_seqs, model)
+        scheduler = Scheduler(config, num_blocks=num_blocks, eos_token_ids=spec.eos_token_ids, pace=pace)
+        self.loop = EngineLoop(Engine(worker, scheduler, chooser, model), on_update)
         self.info = WorkerInfo(
             self.name,
             os.getpid(),
@@ -192,8 +197,8 @@ class AttentionReplica:
 
 
 def _warm_up_sizes(config: ServeConfig, num_blocks: int) -> list[int]:
-    """Batch sizes to measure at start: powers of two up to a full step, when the choice depends on them."""
+    """Batch sizes to measure at start: powers of two up to a full step, when a choice depends on them."""
     largest = min(config.max_num_seqs, config.max_num_batched_tokens, num_blocks)
-    if config.micro_batches != "auto":
+    if config.micro_batches != "auto" and config.tpot_sla_ms is None:
         return [largest]
     return [2**power for power in range(largest.bit_length())]

@@ -1,16 +1,20 @@
 """The engine: one step from a plan to the tokens, with the account kept whatever happens on the way.
 
-What lives here: the order of plan, execution and account, and what an error in between means. What does not: the thread
-that calls it (loop.py), the decisions (scheduler.py, micro_batches.py) and the execution (attention/worker.py).
+What lives here: the order of plan, execution and account, the time from one step to the next, and what an error in
+between means. What does not: the thread that calls it (loop.py), the decisions (scheduler.py, micro_batches.py), what
+follows from the time (step_time.py) and the execution (attention/worker.py).
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from dataclasses import replace
 from typing import Protocol
 
 from afd_server.engine.micro_batches import MicroBatchChooser
 from afd_server.engine.scheduler import Scheduler
+from afd_server.engine.step_time import StepTimeModel, StepWork
 from afd_server.errors import RequestError, WorkerError
 from afd_server.types import (
     FinishReason,
@@ -33,12 +37,19 @@ class Executor(Protocol):
 
 
 class Engine:
-    """The requests of one replica, step by step. Used by one thread; no method raises for what a request can cause."""
+    """The requests of one replica, step by step. Used by one thread; no method raises for what a request can cause.
 
-    def __init__(self, executor: Executor, scheduler: Scheduler, chooser: MicroBatchChooser) -> None:
+    model: learns from every step, for whoever plans with it.
+    """
+
+    def __init__(
+        self, executor: Executor, scheduler: Scheduler, chooser: MicroBatchChooser, model: StepTimeModel
+    ) -> None:
         self._executor = executor
         self._scheduler = scheduler
         self._chooser = chooser
+        self._model = model
+        self._busy_since: float | None = None  # the end of the last step, while there is work
 
     @property
     def has_work(self) -> bool:
@@ -63,20 +74,26 @@ class Engine:
         """Runs the next step. When it fails, its requests end with the error's sentence and the others go on."""
         outputs: list[RequestOutput] = []
         timing = None
+        began = self._busy_since or time.perf_counter()
         try:
             plan = self._scheduler.schedule(self._chooser.choose)
             if plan is None:
                 return ReplicaUpdate((), self.stats())
+            work = StepWork.of(plan)
+            predicted_s = self._model.predict_s(work)
             output = self._executor.execute(plan)
             outputs += self._scheduler.complete(output)
-            timing = output.timing
-            self._chooser.observe(output.timing)
+            period_s = time.perf_counter() - began
+            timing = replace(output.timing, period_s=period_s, predicted_s=predicted_s)
+            self._chooser.observe(timing)
+            self._model.observe(work, period_s)
         except WorkerError as error:
             logger.error("a step failed: %s", error)
             outputs += self._scheduler.fail_step(str(error))
         except Exception as error:  # whatever it is, the other requests must not wait for ever
             logger.exception("a step failed by a bug of this server")
             outputs += self._scheduler.fail_step(f"internal error: {type(error).__name__}: {error}")
+        self._busy_since = time.perf_counter() if self.has_work else None
         return ReplicaUpdate(tuple(outputs), self._scheduler.stats(timing))
 
     def stats(self) -> ReplicaStats:

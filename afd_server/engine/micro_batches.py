@@ -15,8 +15,8 @@ The prediction takes the two sides as independent, which they are not where they
 pay, and a trial says what does. Each power of two of tokens has a number in use, 1 at first. Now and then a few steps
 run with another number that may pay, which takes its place if it was faster by a margin. Trials become rarer by and by,
 and one that goes badly ends after its first step: what they can lose is bounded by their number, not by the machine.
-Times are smoothed per power of two of tokens, interpolated between, and not guessed beyond what was measured: a step of
-a larger size runs as one micro-batch and is the measurement.
+Times are smoothed per power of two of tokens, interpolated between (size_means.py), and not guessed beyond what was
+measured: a step of a larger size runs as one micro-batch and is the measurement.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from afd_server.config import MAX_MICRO_BATCHES
+from afd_server.engine.size_means import SizeMeans, at, size_of
 from afd_server.pipeline import hop_order
 from afd_server.types import StepTiming
 
@@ -71,19 +72,6 @@ class HopTimes:
     attention_s: float
     ffn_s: float
     wire_s: float
-
-    def mixed(self, other: HopTimes, share: float) -> HopTimes:
-        """`share` of the other, the rest of this one, in every field."""
-        return HopTimes(*(
-            (1 - share) * mine + share * theirs
-            for mine, theirs in zip(self._values(), other._values(), strict=True)
-        ))  # fmt: skip
-
-    def scaled(self, factor: float) -> HopTimes:
-        return HopTimes(*(factor * value for value in self._values()))
-
-    def _values(self) -> tuple[float, float, float, float]:
-        return self.tokens, self.attention_s, self.ffn_s, self.wire_s
 
 
 def predict_step_s(hops: Sequence[HopTimes], num_layers: int) -> float:
@@ -175,7 +163,7 @@ class MicroBatchChooser:
     def __init__(self, setting: str) -> None:
         self._fixed = None if setting == "auto" else int(setting)
         self._num_layers = 0
-        self._measured: dict[int, HopTimes] = {}  # by size
+        self._measured = SizeMeans(SMOOTHING)  # of HopTimes
         self._records: dict[int, SizeRecord] = {}  # by size
         self._predictions: dict[tuple[int, ...], list[float]] = {}  # by the step's numbers of tokens, sorted
         self._num_observed = 0
@@ -187,14 +175,14 @@ class MicroBatchChooser:
         if self._fixed is not None:
             return min(self._fixed, most)
         self._chosen = None
-        size = _size(sum(num_tokens))
-        if len(self._measured) < MIN_MEASURED_SIZES or size > max(self._measured):
+        total = sum(num_tokens)
+        if len(self._measured) < MIN_MEASURED_SIZES or not self._measured.covers(total):
             return 1
         key = tuple(sorted(num_tokens))
         predicted_s = self._predictions.get(key)
         if predicted_s is None:
             predicted_s = self._predictions[key] = [self._predict(key, count) for count in range(1, most + 1)]
-        record = self._records.setdefault(size, SizeRecord())
+        record = self._records.setdefault(size_of(total), SizeRecord())
         self._chosen = record, predicted_s[0]
         return record.choose(predicted_s)
 
@@ -204,7 +192,7 @@ class MicroBatchChooser:
         if self._fixed is not None or not timing.num_hops or not timing.num_tokens:
             return
         self._num_observed += 1
-        if self._num_observed % STEPS_PER_PREDICTION == 0 or not self._measured:
+        if self._num_observed % STEPS_PER_PREDICTION == 0 or not len(self._measured):
             self._predictions.clear()
         if timing.num_micro_batches == 1:
             self._measure(timing)
@@ -214,34 +202,11 @@ class MicroBatchChooser:
 
     def _measure(self, timing: StepTiming) -> None:
         self._num_layers = timing.num_hops
-        size = _size(timing.num_tokens)
-        times = HopTimes(timing.num_tokens, *(
-            seconds / timing.num_hops for seconds in (timing.attention_s, timing.ffn_s, timing.wire_s)
-        ))  # fmt: skip
-        known = self._measured.get(size)
-        self._measured[size] = times if known is None else known.mixed(times, SMOOTHING)
+        seconds = timing.attention_s, timing.ffn_s, timing.wire_s
+        self._measured.observe((timing.num_tokens, *(each / timing.num_hops for each in seconds)))
 
     def _predict(self, num_tokens: Sequence[int], num_micro_batches: int) -> float:
         parts = divide(num_tokens, num_micro_batches)
         loads = [sum(num_tokens[index] for index in part) for part in parts]
-        return predict_step_s([self._times(load) for load in loads], self._num_layers)
-
-    def _times(self, tokens: int) -> HopTimes:
-        """Of a micro-batch of this size: on the line between the measured sizes around it.
-
-        Below the smallest it is the smallest's: reading the weights takes its time even for one token. Above the
-        largest, which is within a factor of two, it is in proportion.
-        """
-        points = sorted(self._measured.values(), key=lambda times: times.tokens)
-        if tokens <= points[0].tokens:
-            return points[0]
-        if tokens >= points[-1].tokens:
-            return points[-1].scaled(tokens / points[-1].tokens)
-        above = next(index for index, point in enumerate(points) if point.tokens >= tokens)
-        low, high = points[above - 1], points[above]
-        return low.mixed(high, (tokens - low.tokens) / (high.tokens - low.tokens))
-
-
-def _size(num_tokens: int) -> int:
-    """The power-of-two bucket of a number of tokens: 1, 2, 3-4, 5-8, ..."""
-    return (num_tokens - 1).bit_length()
+        points = self._measured.points()
+        return predict_step_s([HopTimes(*at(points, load)) for load in loads], self._num_layers)

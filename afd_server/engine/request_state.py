@@ -30,7 +30,8 @@ class RequestState:
     token_ids: prompt and output. num_computed: how many of them are in the KV cache; num_scheduled: how many more the
     step under way puts there. blocks: held ones, in order. keys: of the full blocks of token_ids, as far as they were
     needed; num_registered: how many of them the prefix cache has been told. cached_tokens: prompt tokens that the prefix
-    cache had when the request was first admitted, None before.
+    cache had when the request was first admitted, None before. arrival: its place in the order of arrival.
+    first_token_at: when this replica gave its first token, in the clock of whoever promises a pace (pace.py).
     """
 
     request: GenerationRequest
@@ -42,9 +43,11 @@ class RequestState:
     num_registered: int = 0
     cached_tokens: int | None = None
     has_reported: bool = False
+    arrival: int = 0
+    first_token_at: float | None = None
 
     @classmethod
-    def accept(cls, request: GenerationRequest, max_model_len: int) -> RequestState:
+    def accept(cls, request: GenerationRequest, max_model_len: int, arrival: int = 0) -> RequestState:
         """The state of a request that arrives. Raises RequestError for one that can yield no token."""
         known = len(request.prompt_token_ids) + len(request.resumed_output_token_ids)
         if not request.prompt_token_ids:
@@ -59,7 +62,8 @@ class RequestState:
             raise RequestError(
                 f"max_tokens is {request.sampling.max_tokens}: there is nothing to generate", "max_tokens"
             )
-        return cls(request, [*request.prompt_token_ids, *request.resumed_output_token_ids])
+        token_ids = [*request.prompt_token_ids, *request.resumed_output_token_ids]
+        return cls(request, token_ids, arrival=arrival)
 
     @property
     def request_id(self) -> str:
@@ -73,6 +77,16 @@ class RequestState:
     def num_uncomputed(self) -> int:
         """Known tokens that are not in the KV cache: 1 while decoding, more while the prompt is being read."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens, those of another replica included."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def was_admitted(self) -> bool:
+        """It has run, here or on a replica that died: it does not ask for admission again."""
+        return self.cached_tokens is not None or bool(self.request.resumed_output_token_ids)
 
     def forget_computed(self) -> None:
         """It has been preempted: everything is to be computed again. The caller has released its blocks."""
@@ -120,7 +134,7 @@ class RequestState:
         self, token_id: int, eos_token_ids: Collection[int], max_model_len: int
     ) -> FinishReason | None:
         sampling = self.request.sampling
-        num_output = len(self.token_ids) - self.num_prompt
+        num_output = self.num_output
         ends = token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos)
         if ends and num_output > sampling.min_tokens:
             return FinishReason.STOP

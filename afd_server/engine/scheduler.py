@@ -6,22 +6,31 @@ makes a plan, then either `complete` takes its result or `fail_step` says that t
 between two steps.
 
 The rules, in order. First come, first served: nobody is admitted before one who came earlier. A step first gives every
-decoding request its one token, then fills the rest of its token budget with prompts. A request is admitted when the
-blocks for all of its known tokens are free, so reading a prompt never stops half-way for want of blocks. A decoding
-request that needs a block when none is free takes those of the request that came last, itself included: that one is
-preempted, and computed again when there is room. The oldest request is therefore never held up, and since every
-request of full length fits the cache alone, everyone becomes the oldest in time.
+decoding request its one token, then fills the rest of its budget with prompts: tokens, and under a promise of time per
+token also seconds (pace.py). A request is admitted when the blocks for all of its known tokens are free, so reading a
+prompt never stops half-way for want of blocks, and when there is room for its pace too, unless it has been admitted before.
+
+A decoding request that needs a block when none is free takes those of the request that is cheapest to compute again,
+itself included, but never of the oldest that runs: that one is preempted, and computed again when there is room. Nobody
+starves. While the oldest request of all waits, nobody else is admitted; of those that run the oldest is never preempted,
+so it ends, and then the next; at last the one that waits fits, since a request of full length fits the cache alone. Once it
+runs it is the oldest that runs. Its prompt is read before any other, and when steps have no time for prompts, then only until
+the decoding requests end, for no new one can begin before it.
 """
 
 from __future__ import annotations
 
+from bisect import bisect, insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import attrgetter
 
 from afd_server.config import ServeConfig
 from afd_server.engine.micro_batches import divide
+from afd_server.engine.pace import Pace, StepBudget
 from afd_server.engine.request_state import RequestState
+from afd_server.engine.step_time import StepTimeModel
 from afd_server.errors import RequestError
 from afd_server.kvcache.block_pool import BlockPool, extend_keys
 from afd_server.types import (
@@ -36,9 +45,19 @@ from afd_server.types import (
 
 
 class Scheduler:
-    """All requests of one attention replica. Used by one thread. `config` is a resolved one."""
+    """All requests of one attention replica. Used by one thread. `config` is a resolved one.
 
-    def __init__(self, config: ServeConfig, *, num_blocks: int, eos_token_ids: Sequence[int]) -> None:
+    pace: the promise to keep; without it there is none.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        num_blocks: int,
+        eos_token_ids: Sequence[int],
+        pace: Pace | None = None,
+    ) -> None:
         assert config.max_model_len is not None
         assert num_blocks * config.block_size >= config.max_model_len, "one request of full length must fit"
         self._max_model_len = config.max_model_len
@@ -46,14 +65,16 @@ class Scheduler:
         self._max_step_tokens = config.max_num_batched_tokens
         self._chunked_prefill = config.enable_chunked_prefill
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._pace = pace or Pace(None, config.max_num_seqs, StepTimeModel())
         self._pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
-        # Both in order of arrival, and all that run came before all that wait.
+        # Both in order of arrival.
         self._running: list[RequestState] = []
         self._waiting: deque[RequestState] = deque()
         self._requests: dict[str, RequestState] = {}
         self._step = 0
         self._under_way: StepPlan | None = None
         self._to_forget: list[str] = []
+        self._num_arrivals = 0
         self._num_preemptions = 0
         self._queried_tokens = 0
         self._hit_tokens = 0
@@ -68,7 +89,8 @@ class Scheduler:
         """Queues a request. Raises RequestError for one that can yield no token, or whose id is taken."""
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id} is in use already", "request_id")
-        state = RequestState.accept(request, self._max_model_len)
+        state = RequestState.accept(request, self._max_model_len, self._num_arrivals)
+        self._num_arrivals += 1
         self._requests[request.request_id] = state
         self._waiting.append(state)
 
@@ -95,8 +117,10 @@ class Scheduler:
         assert self._under_way is None, "the last step has neither been completed nor failed"
         if not self.has_work:
             return None
-        budget = self._schedule_decodes(self._max_step_tokens)
-        budget = self._schedule_prefills(budget)
+        decoding = [state for state in self._running if state.num_uncomputed == 1]
+        budget = self._pace.begin_step(self._max_step_tokens, decoding)
+        self._schedule_decodes(decoding, budget)
+        self._schedule_prefills(budget)
         admitted = self._admit(budget)
         scheduled = [state for state in self._running if state.num_scheduled]
         assert scheduled, "requests wait and none can run"
@@ -122,6 +146,7 @@ class Scheduler:
         asked = {part.request_id for part in chain.from_iterable(plan.micro_batches) if part.samples}
         assert sampled.keys() == asked, "the worker sampled other requests than the plan asked for"
         self._under_way = None
+        self._pace.note_tokens(self._requests[request_id] for request_id in asked)
         outputs = []
         for part in chain.from_iterable(plan.micro_batches):
             state = self._requests[part.request_id]
@@ -131,6 +156,7 @@ class Scheduler:
             if part.samples:
                 outputs.append(state.append(sampled[part.request_id], self._eos_token_ids, self._max_model_len))
                 if outputs[-1].finish_reason is not None:
+                    self._pace.note_end(state)
                     self._remove(state)
         return outputs
 
@@ -163,6 +189,7 @@ class Scheduler:
             prefix_cache_queried_tokens=self._queried_tokens,
             prefix_cache_hit_tokens=self._hit_tokens,
             timing=timing,
+            forecast=self._pace.forecast(),
         )
 
     def check(self) -> None:
@@ -171,66 +198,85 @@ class Scheduler:
 
     # --- inside a step ---------------------------------------------------------------------------------------------
 
-    def _schedule_decodes(self, budget: int) -> int:
-        """One token for each decoding request, oldest first. Gives the tokens left of the budget, as the next one does."""
-        for state in [state for state in self._running if state.num_uncomputed == 1]:
-            if budget == 0:
+    def _schedule_decodes(self, decoding: Sequence[RequestState], budget: StepBudget) -> None:
+        """One token for each decoding request, oldest first."""
+        for state in decoding:
+            if budget.tokens == 0:
                 break
             if state not in self._running:
-                continue  # preempted for an older one
+                continue  # preempted for another one
             if self._needs_block(state):
                 if not self._make_room(state):
                     continue
                 state.blocks += self._pool.allocate(1)
-            state.num_scheduled = 1
-            budget -= 1
-        return budget
+            self._schedule(state, 1, budget)
+
+    def _schedule(self, state: RequestState, num_tokens: int, budget: StepBudget) -> None:
+        state.num_scheduled = num_tokens
+        budget.take(state.num_computed, num_tokens, samples=num_tokens == state.num_uncomputed)
 
     def _make_room(self, state: RequestState) -> bool:
-        """Preempts the latest requests until a block is free; False when `state` itself had to go.
+        """Preempts the cheapest requests until a block is free; False when `state` itself had to go.
 
-        None of them is in the step yet: decodes are scheduled oldest first, and before any prompt.
+        None that is in the step already: decodes are scheduled oldest first, before any prompt, so whoever comes after
+        `state` is not, and the oldest that runs is never a candidate but for itself, which finds all others.
         """
         while self._pool.num_free == 0:
-            latest = self._running[-1]
-            self._preempt(latest)
-            if latest is state:
+            others = [other for other in self._running[1:] if not other.num_scheduled]
+            victim = min(others, key=self._cost_of_preempting)
+            self._preempt(victim)
+            if victim is state:
                 return False
         return True
+
+    def _cost_of_preempting(self, state: RequestState) -> tuple[bool, int, int]:
+        """The tokens to compute again: those in blocks that nobody else holds, since these are wanted by others now.
+
+        One that frees nothing comes last, and of equals the latest first.
+        """
+        num_freed = self._pool.num_held_once(state.blocks)
+        num_kept = (len(state.blocks) - num_freed) * self._pool.block_size
+        return num_freed == 0, state.num_computed - num_kept, -state.arrival
 
     def _needs_block(self, state: RequestState) -> bool:
         return state.num_computed == len(state.blocks) * self._pool.block_size
 
-    def _schedule_prefills(self, budget: int) -> int:
+    def _schedule_prefills(self, budget: StepBudget) -> None:
         """What is left of prompts that are being read, oldest first. Their blocks are theirs since they were admitted."""
         for state in self._running:
             if state.num_uncomputed > 1:
-                state.num_scheduled = min(state.num_uncomputed, budget)
-                budget -= state.num_scheduled
-        return budget
+                fitting = budget.fitting(state.num_computed, state.num_uncomputed)
+                self._schedule(state, fitting, budget)
+                if fitting < state.num_uncomputed:
+                    budget.close()
 
-    def _admit(self, budget: int) -> list[RequestState]:
-        """Moves waiting requests into the step while budget, places and blocks last."""
+    def _admit(self, budget: StepBudget) -> list[RequestState]:
+        """Moves waiting requests into the step while budget, places, blocks and the pace allow."""
         admitted = []
-        while self._waiting and budget and len(self._running) < self._max_running:
+        while self._waiting and budget.tokens and len(self._running) < self._max_running:
             state = self._waiting[0]
             cached = self._find_cached(state)
-            num_uncomputed = len(state.token_ids) - len(cached) * self._pool.block_size
-            if num_uncomputed > budget and not self._chunked_prefill:
+            num_cached = len(cached) * self._pool.block_size
+            num_uncomputed = len(state.token_ids) - num_cached
+            fitting = budget.fitting(num_cached, num_uncomputed)
+            if fitting == 0 or (fitting < num_uncomputed and not self._chunked_prefill):
                 break
             num_new = -(-len(state.token_ids) // self._pool.block_size) - len(cached)
             if num_new + self._pool.num_free_among(cached) > self._pool.num_free:
                 break
+            if not self._pace.has_room(self._running, state):
+                break
             self._waiting.popleft()
             self._pool.take(cached)
             state.blocks = cached + self._pool.allocate(num_new)
-            state.num_computed = len(cached) * self._pool.block_size
+            state.num_computed = num_cached
             state.num_registered = len(cached)
             self._count_cached(state)
-            state.num_scheduled = min(num_uncomputed, budget)
-            budget -= state.num_scheduled
-            self._running.append(state)
+            self._schedule(state, fitting, budget)
+            insort(self._running, state, key=attrgetter("arrival"))
             admitted.append(state)
+            if fitting < num_uncomputed:
+                budget.close()
         return admitted
 
     def _find_cached(self, state: RequestState) -> list[int]:
@@ -252,7 +298,7 @@ class Scheduler:
         self._pool.release(state.blocks)
         state.forget_computed()
         self._to_forget.append(state.request_id)
-        self._waiting.appendleft(state)
+        self._waiting.insert(bisect(self._waiting, state.arrival, key=attrgetter("arrival")), state)
         self._num_preemptions += 1
 
     def _register_full_blocks(self, state: RequestState) -> None:

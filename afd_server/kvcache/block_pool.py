@@ -67,6 +67,10 @@ class BlockPool:
         """How many of these nobody holds: taking them lowers num_free by as many."""
         return sum(self._references[block] == 0 for block in blocks)
 
+    def num_held_once(self, blocks: Iterable[int]) -> int:
+        """How many of these, held by one request, would be free without it."""
+        return sum(self._references[block] == 1 for block in blocks)
+
     def take(self, blocks: Iterable[int]) -> None:
         """Adds a reference to each of these blocks, found by `find_prefix`."""
         for block in blocks:

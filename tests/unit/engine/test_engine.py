@@ -7,6 +7,7 @@ import pytest
 from afd_server.engine.engine import Engine
 from afd_server.engine.micro_batches import MicroBatchChooser
 from afd_server.engine.scheduler import Scheduler
+from afd_server.engine.step_time import StepTimeModel
 from afd_server.types import GenerationRequest, SamplingParams
 from tests.unit.engine.toy_worker import ToyWorker, small_config
 
@@ -14,7 +15,9 @@ from tests.unit.engine.toy_worker import ToyWorker, small_config
 def make_engine(**worker):
     config = small_config()
     toy = ToyWorker(config, **worker)
-    return Engine(toy, Scheduler(config, num_blocks=16, eos_token_ids=()), MicroBatchChooser("2")), toy
+    return Engine(
+        toy, Scheduler(config, num_blocks=16, eos_token_ids=()), MicroBatchChooser("2"), StepTimeModel()
+    ), toy
 
 
 def request(request_id, *prompt, **sampling):

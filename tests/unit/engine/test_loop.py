@@ -9,6 +9,7 @@ from afd_server.engine.engine import Engine
 from afd_server.engine.loop import EngineLoop
 from afd_server.engine.micro_batches import MicroBatchChooser
 from afd_server.engine.scheduler import Scheduler
+from afd_server.engine.step_time import StepTimeModel
 from afd_server.errors import UnavailableError
 from afd_server.kvcache.block_pool import BlockAccountError
 from afd_server.types import GenerationRequest, SamplingParams
@@ -38,7 +39,7 @@ class Running:
         self.worker = GatedWorker(small_config(), **worker)
         self.scheduler = Scheduler(small_config(), num_blocks=16, eos_token_ids=())
         self.updates = queue.Queue()
-        engine = Engine(self.worker, self.scheduler, MicroBatchChooser("1"))
+        engine = Engine(self.worker, self.scheduler, MicroBatchChooser("1"), StepTimeModel())
         self.loop = EngineLoop(engine, self.updates.put)
 
     def submit(self, request_id, *prompt, **sampling):

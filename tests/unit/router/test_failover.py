@@ -9,6 +9,7 @@ from afd_server.engine.engine import Engine
 from afd_server.engine.loop import EngineLoop
 from afd_server.engine.micro_batches import MicroBatchChooser
 from afd_server.engine.scheduler import Scheduler
+from afd_server.engine.step_time import StepTimeModel
 from afd_server.router.router import Router
 from afd_server.transport.control import ControlClient, ControlServer
 from afd_server.types import GenerationRequest, SamplingParams
@@ -33,7 +34,9 @@ class Replica:
             on_submit=lambda request: self.loop.submit(request),
             on_abort=lambda request_id: self.loop.abort(request_id),
         )
-        self.loop = EngineLoop(Engine(self, self.scheduler, MicroBatchChooser("1")), self.control.publish)
+        self.loop = EngineLoop(
+            Engine(self, self.scheduler, MicroBatchChooser("1"), StepTimeModel()), self.control.publish
+        )
 
     def execute(self, plan):
         if plan.step == self.stalls_at:

@@ -8,6 +8,7 @@ from afd_server.engine.engine import Engine
 from afd_server.engine.loop import EngineLoop
 from afd_server.engine.micro_batches import MicroBatchChooser
 from afd_server.engine.scheduler import Scheduler
+from afd_server.engine.step_time import StepTimeModel
 from afd_server.errors import UnavailableError, WorkerDiedError
 from afd_server.router.replica_client import LocalReplicaClient
 from afd_server.router.router import Router
@@ -29,7 +30,9 @@ def client():
     config = small_config()
     scheduler = Scheduler(config, num_blocks=32, eos_token_ids=())
     client = LocalReplicaClient("attention-0")
-    loop = EngineLoop(Engine(ToyWorker(config), scheduler, MicroBatchChooser("1")), client.deliver)
+    loop = EngineLoop(
+        Engine(ToyWorker(config), scheduler, MicroBatchChooser("1"), StepTimeModel()), client.deliver
+    )
     client.attach(loop)
     client.scheduler = scheduler
     yield client

@@ -1,0 +1,159 @@
+"""How long a step takes, learnt from the steps that ran: what a promise of time per token is kept by.
+
+What lives here: the description of a step's work, and the model fitted to it. What does not: measuring (engine.py) and
+what is done about it (pace.py).
+
+    seconds(work) = base(tokens) + slopes . (context_tokens, chunk_pairs, samples)
+
+base is piecewise linear between the means of each power of two of tokens (size_means.py): flat where reading the weights
+of both sides and the wire take the time, rising where arithmetic does, and with experts something between. The slopes are
+what attention and the LM head add: keys that decoding requests read, query-key pairs inside prompts, rows of logits. They
+are fitted to how steps differ from the mean of their size, so that neither a size's cost is taken for the context's nor the
+other way round. The whole step is fitted, not attention, FFN and wire each: they overlap, and the promise is about their sum.
+
+On a shared machine steps are noisy. A step is never taken for more than OUTLIER times what was expected, old steps are
+forgotten slowly, slopes are held back until there is evidence for them, and more work never makes a prediction smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from itertools import chain
+
+from afd_server.engine.size_means import Point, SizeMeans, at
+from afd_server.types import StepPlan
+
+SMOOTHING = 0.1
+# A step that took longer than this many times what was expected was held up by something else.
+OUTLIER = 3.0
+# So much of what is known of the slopes is left after each further step.
+MEMORY = 0.998
+# Evidence against any slope: as if so many steps with twice the usual work had taken no longer.
+DOUBT = 1.0
+# Rounds of solving for one slope after the other; each step starts where the one before ended.
+ROUNDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step has to do, as far as its time depends on it.
+
+    tokens: rows through every layer. context_tokens: keys that requests with one token read. chunk_pairs: query-key pairs of
+    requests with several. samples: rows of logits.
+    """
+
+    tokens: float = 0
+    context_tokens: float = 0
+    chunk_pairs: float = 0
+    samples: float = 0
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> StepWork:
+        work = cls()
+        for part in chain.from_iterable(plan.micro_batches):
+            work += cls.part(part.start_position, len(part.token_ids), part.samples)
+        return work
+
+    @classmethod
+    def part(cls, start: int, tokens: int, samples: bool) -> StepWork:
+        """One request's share: `tokens` tokens after `start` that are in the KV cache."""
+        if tokens == 1:
+            return cls(1, start + 1, 0, samples)
+        return cls(tokens, 0, tokens * start + tokens * (tokens + 1) / 2, samples)
+
+    def __add__(self, other: StepWork) -> StepWork:
+        return StepWork(
+            self.tokens + other.tokens,
+            self.context_tokens + other.context_tokens,
+            self.chunk_pairs + other.chunk_pairs,
+            self.samples + other.samples,
+        )
+
+    @property
+    def beyond_tokens(self) -> tuple[float, float, float]:
+        """What the slopes are of."""
+        return self.context_tokens, self.chunk_pairs, self.samples
+
+
+class StepTimeModel:
+    """The model of one replica. Used by one thread."""
+
+    def __init__(self) -> None:
+        self._means = SizeMeans(SMOOTHING)  # of (tokens, context_tokens, chunk_pairs, samples, seconds)
+        self._slopes = Slopes(3)
+        self._base: list[Point] = []  # (tokens, seconds), rising
+
+    @property
+    def is_fitted(self) -> bool:
+        return bool(self._base)
+
+    def predict_s(self, work: StepWork) -> float:
+        """Seconds that a step of this work takes; 0 before anything was observed."""
+        if not self._base:
+            return 0.0
+        return at(self._base, work.tokens)[1] + self._slopes.value(work.beyond_tokens)
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """Takes in what a step took."""
+        assert work.tokens >= 1
+        if self._base:
+            seconds = min(seconds, OUTLIER * self.predict_s(work))
+            _, *usual, usual_s = at(self._means.points(), work.tokens)
+            self._slopes.observe(work.beyond_tokens, usual, seconds - usual_s)
+        self._means.observe((*astuple(work), seconds))
+        self._fit_base()
+
+    def _fit_base(self) -> None:
+        points = self._means.points()
+        base_s = [max(0.0, point[-1] - self._slopes.value(point[1:-1])) for point in points]
+        rising = rising_mean(base_s, self._means.weights())
+        self._base = [(point[0], seconds) for point, seconds in zip(points, rising, strict=True)]
+
+
+class Slopes:
+    """Seconds per unit of each of several quantities, none negative: least squares over the differences from the usual."""
+
+    def __init__(self, count: int) -> None:
+        self._slopes = [0.0] * count
+        self._products = [[0.0] * count for _ in range(count)]  # of differences with each other
+        self._moments = [0.0] * count  # of differences with seconds
+        self._squares = [0.0] * count  # of the quantities' usual sizes
+        self._num_observed = 0
+
+    def value(self, quantities: Sequence[float]) -> float:
+        return sum(slope * quantity for slope, quantity in zip(self._slopes, quantities, strict=True))
+
+    def observe(self, quantities: Sequence[float], usual: Sequence[float], difference_s: float) -> None:
+        """A step of these quantities, where `usual` were usual for its tokens, took this many seconds more than usual."""
+        self._num_observed += 1
+        share = max(1 / self._num_observed, 1 - MEMORY)
+        differences = [mine - theirs for mine, theirs in zip(quantities, usual, strict=True)]
+        for row, difference in enumerate(differences):
+            self._moments[row] = MEMORY * self._moments[row] + difference * difference_s
+            self._squares[row] += share * (max(quantities[row], usual[row]) ** 2 - self._squares[row])
+            for column, other in enumerate(differences):
+                self._products[row][column] = MEMORY * self._products[row][column] + difference * other
+        for _ in range(ROUNDS):
+            for row in range(len(self._slopes)):
+                self._solve(row)
+
+    def _solve(self, row: int) -> None:
+        """The best slope of one quantity, the others as they are."""
+        products, own = self._products[row], self._products[row][row] + DOUBT * self._squares[row]
+        others = sum(product * slope for product, slope in zip(products, self._slopes, strict=True))
+        others -= products[row] * self._slopes[row]
+        self._slopes[row] = max(0.0, (self._moments[row] - others) / own) if own > 0 else 0.0
+
+
+def rising_mean(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The nearest sequence that never falls: neighbours that contradict the order share their weighted mean."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, how many
+    for value, weight in zip(values, weights, strict=True):
+        block = (value, weight, 1)
+        while blocks and blocks[-1][0] > block[0]:
+            mean, weight, count = blocks.pop()
+            total = weight + block[1]
+            block = ((mean * weight + block[0] * block[1]) / total, total, count + block[2])
+        blocks.append(block)
+    return [mean for mean, _, count in blocks for _ in range(count)]
