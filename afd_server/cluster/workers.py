@@ -158,7 +158,8 @@ class AttentionReplica:
         chooser, model = MicroBatchChooser(config.micro_batches), StepTimeModel()
         try:
             self._ffn_group.connect()
-            for plan, timing in worker.warm_up(_warm_up_sizes(config, num_blocks)):
+            # The first step touches all memory for the first time: it is no measurement.
+            for plan, timing in worker.warm_up([1, *_warm_up_sizes(config, num_blocks)])[1:]:
                 chooser.observe(timing)
                 model.observe(StepWork.of(plan), timing.total_s)
         except BaseException:

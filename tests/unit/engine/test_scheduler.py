@@ -178,6 +178,28 @@ def test_the_latest_is_preempted_and_comes_back_with_its_output():
         assert run.outputs[name] == continuation(prompt, SamplingParams(12, ignore_eos=True), 32)[0]
 
 
+def test_the_cheapest_to_compute_again_is_preempted_and_never_the_oldest_that_runs():
+    run = Run(num_blocks=11, max_num_seqs=3, max_num_batched_tokens=32, enable_prefix_caching=False)
+    for name, length in (("a", 8), ("short", 8), ("long", 16)):
+        run.add(name, [ord(name[0])] * length, max_tokens=14, ignore_eos=True)
+    run.finish()
+    again = [start.request_id for plan in run.worker.plans for start in plan.started][3:]
+    assert again[0] == "short"
+    assert "a" not in again
+
+
+def test_blocks_that_others_hold_cost_nothing_to_preempt():
+    """The latest holds more tokens than the one before it, but most of them in blocks of the oldest."""
+    run = Run(num_blocks=11, max_num_seqs=3, max_num_batched_tokens=32)
+    beginning = list(range(1, 17))
+    run.add("a", beginning, max_tokens=10, ignore_eos=True)
+    run.step()
+    run.add("apart", [30] * 10, max_tokens=9, ignore_eos=True)
+    run.add("shares", [*beginning, 5], max_tokens=9, ignore_eos=True)
+    run.finish()
+    assert next(plan.finished for plan in run.worker.plans if plan.finished) == ("shares",)
+
+
 def test_a_preempted_request_comes_back_before_those_that_came_later():
     run = Run(num_blocks=8, max_num_seqs=2)
     for name, max_tokens in (("a", 12), ("b", 12), ("c", 2)):
