@@ -29,8 +29,8 @@ SMOOTHING = 0.1
 OUTLIER = 3.0
 # So much of what is known of the slopes is left after each further step.
 MEMORY = 0.998
-# Evidence against any slope: as if so many steps with twice the usual work had taken no longer.
-DOUBT = 1.0
+# Evidence against any slope: as if so many steps, each with the most of its quantity, had taken no longer than usual.
+DOUBT = 0.25
 # Rounds of solving for one slope after the other; each step starts where the one before ended.
 ROUNDS = 4
 
@@ -118,20 +118,17 @@ class Slopes:
         self._slopes = [0.0] * count
         self._products = [[0.0] * count for _ in range(count)]  # of differences with each other
         self._moments = [0.0] * count  # of differences with seconds
-        self._squares = [0.0] * count  # of the quantities' usual sizes
-        self._num_observed = 0
+        self._squares = [0.0] * count  # of the largest quantities
 
     def value(self, quantities: Sequence[float]) -> float:
         return sum(slope * quantity for slope, quantity in zip(self._slopes, quantities, strict=True))
 
     def observe(self, quantities: Sequence[float], usual: Sequence[float], difference_s: float) -> None:
         """A step of these quantities, where `usual` were usual for its tokens, took this many seconds more than usual."""
-        self._num_observed += 1
-        share = max(1 / self._num_observed, 1 - MEMORY)
         differences = [mine - theirs for mine, theirs in zip(quantities, usual, strict=True)]
         for row, difference in enumerate(differences):
             self._moments[row] = MEMORY * self._moments[row] + difference * difference_s
-            self._squares[row] += share * (max(quantities[row], usual[row]) ** 2 - self._squares[row])
+            self._squares[row] = max(MEMORY * self._squares[row], quantities[row] ** 2, usual[row] ** 2)
             for column, other in enumerate(differences):
                 self._products[row][column] = MEMORY * self._products[row][column] + difference * other
         for _ in range(ROUNDS):
