@@ -91,7 +91,18 @@ class ServeConfig:
     ffn_resource: str | None = option(
         None, "cluster", "custom Ray resource that a node for FFN workers must offer"
     )
-    start_timeout: float = option(300.0, "cluster", "seconds that placing and loading the workers may take")
+    placement_timeout: float = option(
+        15.0, "cluster", "seconds that the cluster may take, at a start, to offer what the workers need"
+    )
+    start_timeout: float = option(
+        300.0, "cluster", "seconds that the workers may take to load, at a start or one of them at a restart"
+    )
+    heartbeat_timeout: float = option(
+        10.0, "cluster", "seconds without an answer after which a worker's process is ended and started again"
+    )
+    max_restarts: int = option(
+        10, "cluster", "restarts of a worker before it is given up; each minute that it is up makes up for one"
+    )
 
     micro_batches: str = option("auto", "pipeline", "micro-batches in flight, 1 to 4; auto: by measured times")
     transport: str = option(
@@ -110,16 +121,16 @@ class ServeConfig:
             _check_type(setting, getattr(self, setting.name))
         _check_positive(self, "max_num_seqs", "max_num_batched_tokens", "block_size", "attention_workers",
                         "ffn_workers", "ffn_replicas", "max_model_len", "kv_cache_memory_bytes",
-                        "start_timeout", "ffn_timeout", "tpot_sla_ms", "ttft_sla_ms")  # fmt: skip
+                        "placement_timeout", "start_timeout", "heartbeat_timeout", "ffn_timeout", "tpot_sla_ms",
+                        "ttft_sla_ms")  # fmt: skip
         for name in ("model", "api_key", "served_model_name", "ray_address"):
             if getattr(self, name) == "":
                 raise ConfigError(flag(name), "is empty")
         if not 0 <= self.port <= 65535:
             raise ConfigError("--port", f"{self.port} is not a TCP port", "0 to 65535; 0 takes a free one")
-        if self.shutdown_timeout < 0:
-            raise ConfigError("--shutdown-timeout", "is negative")
-        if self.max_queue_len < 0:
-            raise ConfigError("--max-queue-len", "is negative")
+        for name in ("shutdown_timeout", "max_queue_len", "max_restarts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(flag(name), "is negative")
         if self.ttft_sla_ms is not None and self.tpot_sla_ms is None:
             raise ConfigError("--ttft-sla-ms", "is kept by what --tpot-sla-ms predicts", "give both")
         if self.micro_batches != "auto" and self.micro_batches not in map(str, range(1, MAX_MICRO_BATCHES + 1)):

@@ -83,6 +83,14 @@ class WorkerTimeoutError(WorkerError):
     """A worker did not answer within its deadline."""
 
 
+class WorkerFailedError(WorkerError):
+    """A worker says that it could not compute a call. The call is idempotent and may be sent again."""
+
+
+class WorkerGivenUpError(WorkerError):
+    """A worker's restarts are used up, and no other one can do its part."""
+
+
 class ProtocolError(WorkerError):
     """A peer sent bytes that are not this protocol: wrong magic, version, secret, length or order."""
 

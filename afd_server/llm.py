@@ -28,6 +28,7 @@ from afd_server.errors import StartError
 from afd_server.models.families import read_model_spec
 from afd_server.router.replica_client import LocalReplicaClient, ReplicaClient
 from afd_server.router.router import Router
+from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.transport.base import Listener
 from afd_server.transport.connect import connect
@@ -100,7 +101,7 @@ class LocalWorkers:
         """A client to each replica, for the router."""
         return self.clients
 
-    async def supervise(self, router: Router) -> None:
+    async def supervise(self, router: Router, metrics: WorkerMetrics) -> None:
         """Nothing is restarted here: a thread that ended by itself did so by a bug. Returns when cancelled."""
         await asyncio.Event().wait()
 
@@ -108,6 +109,13 @@ class LocalWorkers:
         """One sentence for each worker whose thread has ended."""
         workers: list[AttentionReplica | FFNServer] = [*self.attention, *self.ffn]
         return [f"{worker.name}: its thread has ended" for worker in workers if not worker.is_alive()]
+
+    def is_serving(self) -> bool:
+        return not self.health()
+
+    def refusal(self) -> str:
+        """Why no request can be served any more: nobody starts an ended thread again."""
+        return "; ".join(self.health())
 
     def stop(self) -> None:
         """Ends every thread: attention first, so that no call is left without an answer."""

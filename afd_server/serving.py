@@ -36,6 +36,7 @@ from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.router import Router
 from afd_server.telemetry.logs import configure_logging
 from afd_server.telemetry.metrics import Metrics
+from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.text.chat_template import ChatTemplate
 from afd_server.text.generation_defaults import read_generation_defaults
 from afd_server.text.tokenizer import Tokenizer
@@ -52,8 +53,10 @@ class Workers(Protocol):
 
     def start(self, cancelled: threading.Event) -> Started: ...
     async def connect(self) -> Sequence[ReplicaClient]: ...
-    async def supervise(self, router: Router) -> None: ...
+    async def supervise(self, router: Router, metrics: WorkerMetrics) -> None: ...
     def health(self) -> list[str]: ...
+    def is_serving(self) -> bool: ...
+    def refusal(self) -> str: ...
     def stop(self) -> None: ...
 
 
@@ -69,9 +72,11 @@ class Service:
         self._router = router
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
-        """See Router.generate. Raises UnavailableError until the workers are ready."""
+        """See Router.generate. Raises UnavailableError until the workers are ready, and when too many are given up."""
         if self._router is None:
             raise UnavailableError("the workers are still starting")
+        if refusal := self.workers.refusal():
+            raise UnavailableError(refusal)
         async with aclosing(self._router.generate(request)) as outputs:
             async for output in outputs:
                 yield output
@@ -80,6 +85,9 @@ class Service:
         if self._router is None:
             return ["the workers are still starting"]
         return [*self.workers.health(), *self._router.health()]
+
+    def is_serving(self) -> bool:
+        return self._router is not None and self._router.is_serving() and self.workers.is_serving()
 
 
 def run_server(config: ServeConfig) -> int:
@@ -166,10 +174,10 @@ async def _run_workers(
         started = await asyncio.to_thread(service.workers.start, cancelled)
     finally:
         cancelled.set()  # the thread outlives this task by a moment only
-    async with Router(await service.workers.connect(), metrics.observe_step) as router:
+    async with Router(await service.workers.connect(), metrics.observe_step, metrics.observe_lost) as router:
         service.open(router)
         print(_ready_lines(config, spec, started, url, time.monotonic() - began), flush=True)
-        await service.workers.supervise(router)
+        await service.workers.supervise(router, metrics.workers)
 
 
 def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: str, seconds: float) -> str:

@@ -158,6 +158,7 @@ class StepTiming:
     ffn_rows: rows of the batches that the FFN workers ran for this step's calls, merged with other replicas' calls.
     period_s: from the end of the step before, or the moment there was work again, to the end of this one: what a decoding
         request waits for its token. predicted_s: what the engine had expected of it; 0 when it expected nothing.
+    num_resent: calls that were sent again, because a worker was lost or failed.
     """
 
     total_s: float
@@ -171,6 +172,7 @@ class StepTiming:
     ffn_rows: int = 0
     period_s: float = 0.0
     predicted_s: float = 0.0
+    num_resent: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd_server.attention.ffn_group import FFNGroup, GroupLayout
+from afd_server.attention.dispatch import GroupLayout
+from afd_server.attention.ffn_group import FFNGroup
 from afd_server.ffn.worker import FFNWorker
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import Endpoint, LinkShape

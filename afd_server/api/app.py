@@ -94,8 +94,8 @@ def _add_operator_routes(app: FastAPI, settings: ApiSettings, service: Service, 
     @app.get("/health", response_model=None)
     async def health() -> Response:
         problems = service.health()
-        if not problems:
-            return JSONResponse({})
+        if service.is_serving():
+            return JSONResponse({"problems": problems} if problems else {})
         body = error_body("; ".join(problems), type="service_unavailable", code="unavailable")
         return JSONResponse({**body, "problems": problems}, 503, {"Retry-After": str(RETRY_AFTER_S)})
 

@@ -39,5 +39,9 @@ class Service(Protocol):
         ...
 
     def health(self) -> list[str]:
-        """A sentence for each thing that keeps it from serving; empty when ready."""
+        """A sentence for each thing that is wrong; empty when all is well."""
+        ...
+
+    def is_serving(self) -> bool:
+        """Whether requests get on now, with what is wrong."""
         ...

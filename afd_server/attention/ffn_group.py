@@ -1,10 +1,8 @@
 """The FFN side as an attention worker sees it: one call out, one summed answer back, whatever stands behind.
 
-What lives here: which shards a call goes to and with which rows, the sum of their partial results, and what happens
-when one of them fails: the call is sent again, since it is idempotent, to another replica of that shard at once, or to
-the same worker when it is back. What does not: bytes and sockets (transport/), or the restart itself (cluster/).
-
-Shapes: T rows of the micro-batch, H hidden size, K experts per token.
+What lives here: which worker of a shard is asked, and what happens when it fails, by dying, hanging or saying so: the call
+is sent again, since it is idempotent, to another replica of that shard at once, or to the same worker when it is back.
+What does not: rows and sums (dispatch.py), bytes and sockets (transport/), or the restart itself (cluster/).
 """
 
 from __future__ import annotations
@@ -17,14 +15,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from afd_server.errors import WorkerDiedError, WorkerError, WorkerTimeoutError
+from afd_server.attention.dispatch import GroupLayout, Part, divide, summed
+from afd_server.errors import (
+    WorkerDiedError,
+    WorkerError,
+    WorkerFailedError,
+    WorkerGivenUpError,
+    WorkerTimeoutError,
+)
 from afd_server.models.ffn_call import FFNCall
-from afd_server.models.halves import bounds
 from afd_server.transport.base import Answer, CallTag, Link
-
-# From this many expert shards on a shard is sent only the rows that it owns an expert of. Below it the whole call is
-# broadcast: a token needs a given one of 2 shards with probability 0.88 in Step-3, of 4 shards with 0.59.
-SPARSE_DISPATCH_FROM = 4
 
 # How often a lost worker is tried again while its deadline runs. It is dialled, not polled: a refused connection costs
 # microseconds.
@@ -32,25 +32,14 @@ REDIAL_EVERY_S = 0.05
 
 # How long a worker is dialled while another replica of its shard may answer the call.
 DIAL_TIMEOUT_S = 2.0
-# How long a worker that let a call time out is used only when no other replica of its shard is left.
+# How long a worker that failed a call, or let it time out, is used only when no other replica of its shard is left.
 SUSPECT_FOR_S = 60.0
+# A call that so many workers, or one worker so many times, could not compute is not sent again. Each of them is restarted.
+MAX_FAILURES = 3
 # Between two looks whether the calls to a worker that is to leave have ended.
 RETIRE_POLL_S = 0.005
 
 Connector = Callable[[float], Link]  # timeout in seconds -> a fresh link; raises WorkerError
-
-
-@dataclass(frozen=True, slots=True)
-class GroupLayout:
-    """How the FFN workers of a replica divide the model. Worker index = (replica * ep + expert shard) * tp + tensor shard."""
-
-    ep: int
-    tp: int
-    num_experts: int  # 0 for a model without routed experts
-
-    @property
-    def shards(self) -> int:
-        return self.ep * self.tp
 
 
 @dataclass(slots=True)
@@ -61,29 +50,23 @@ class GroupTiming:
     wire_s: float = 0.0
     ffn_rows: int = 0
     num_hops: int = 0
-
-
-@dataclass(slots=True)
-class _Part:
-    """One shard's share of a call. rows_T is None when the shard is sent every row."""
-
-    call: FFNCall
-    rows_T: Tensor | None
+    num_resent: int = 0
 
 
 @dataclass(slots=True)
 class _Flight:
     """A call under way: its tag, its parts by shard, when it was to leave, and how long handing it over took.
 
-    holders: the worker that each part was sent to last.
+    holders: the worker that each part was sent to last. failures: of workers that could not compute it.
     """
 
     tag: CallTag
     call: FFNCall
-    parts: dict[int, _Part]
+    parts: dict[int, Part]
     sent_at: float
     sending_s: float = 0.0
     holders: dict[int, int] = field(default_factory=dict)
+    failures: list[WorkerFailedError] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -103,8 +86,8 @@ def _time_at_the_worker(answer: Answer) -> int:
 class FFNGroup:
     """Channel of a pipeline (see pipeline.py) over the links to all FFN workers.
 
-    Used by one thread, the engine's; `replace` and `retire` may come from any other. So what they change (_peers, _choices)
-    is never changed in place: a new object takes its place.
+    Used by one thread, the engine's; `replace`, `retire` and `give_up` may come from any other. So what they change (_peers, _choices)
+    is never changed in place: a new object takes its place. progressed_at: when the last answer came, monotonic seconds.
     """
 
     def __init__(
@@ -123,12 +106,14 @@ class FFNGroup:
         self._num_shards = layout.shards
         self._peers = {index: _Peer(connector) for index, connector in sorted(connectors.items())}
         self._retired: frozenset[int] = frozenset()
+        self._given_up: dict[int, str] = {}  # index -> reason
         self._choices = self._choose()
         assert all(self._choices), "every shard has a worker"
         self._flights: dict[int, _Flight] = {}
         self._lock = threading.Lock()
         self._step = 0
         self.timing = GroupTiming()
+        self.progressed_at = 0.0
 
     def begin_step(self, step: int) -> None:
         """Calls from now on belong to `step`; whatever a failed step left under way is forgotten."""
@@ -145,7 +130,7 @@ class FFNGroup:
         """Sends each shard its rows. Raises WorkerDiedError or WorkerTimeoutError when a shard stays out of reach."""
         tag = CallTag(self._replica, self._step, call.layer, micro_batch)
         sent_at = time.monotonic()
-        parts = {0: _Part(call, None)} if self._num_shards == 1 else self._divide(call)
+        parts = divide(call, self._layout)
         flight = self._flights[micro_batch] = _Flight(tag, call, parts, sent_at)
         for shard in parts:
             self._send_part(flight, shard, sent_at + self._timeout_s)
@@ -157,45 +142,10 @@ class FFNGroup:
         deadline = flight.sent_at + self._timeout_s
         waiting_since = time.monotonic()
         answers = {shard: self._receive_part(flight, shard, deadline) for shard in flight.parts}
-        received_at = time.monotonic()
+        received_at = self.progressed_at = time.monotonic()
         waited_s = flight.sending_s + received_at - waiting_since
         self._note_times(answers, received_at - flight.sent_at, waited_s)
-        return self._sum(flight, answers)
-
-    # --- dividing and summing --------------------------------------------------------------------------------------
-
-    def _divide(self, call: FFNCall) -> dict[int, _Part]:
-        ep, tp = self._layout.ep, self._layout.tp
-        if call.topk_ids is None or ep < SPARSE_DISPATCH_FROM:
-            return dict.fromkeys(range(ep * tp), _Part(call, None))
-        parts = {}
-        num_experts = self._layout.num_experts
-        for rank in range(ep):
-            first, last = bounds(num_experts, rank, ep)
-            rows_T = ((call.topk_ids >= first) & (call.topk_ids < last)).any(dim=1).nonzero()[:, 0]
-            if len(rows_T) == 0:
-                continue
-            assert call.topk_weights is not None
-            mine = FFNCall(call.layer, call.x[rows_T], call.topk_ids[rows_T], call.topk_weights[rows_T])
-            for shard in range(rank * tp, (rank + 1) * tp):
-                parts[shard] = _Part(mine, rows_T)
-        return parts
-
-    def _sum(self, flight: _Flight, answers: dict[int, Answer]) -> Tensor:
-        device = flight.call.x.device
-        if len(answers) == 1:
-            ((shard, answer),) = answers.items()
-            if flight.parts[shard].rows_T is None:
-                return answer.y.to(device=device, dtype=self._dtype)
-        total_TH = torch.zeros(flight.call.x.shape, dtype=torch.float32, device=device)
-        for shard, answer in answers.items():
-            partial = answer.y.to(device=device, dtype=torch.float32)
-            rows_T = flight.parts[shard].rows_T
-            if rows_T is None:
-                total_TH += partial
-            else:
-                total_TH.index_add_(0, rows_T, partial)
-        return total_TH.to(self._dtype)
+        return summed(flight.call, flight.parts, answers, self._dtype)
 
     def _note_times(self, answers: dict[int, Answer], round_trip_s: float, waited_s: float) -> None:
         slowest = max(answers.values(), key=_time_at_the_worker)
@@ -241,6 +191,7 @@ class FFNGroup:
         while True:
             index = self._holder(flight, shard)
             if index is None:  # the link it was sent over is gone, and with it the call
+                self.timing.num_resent += 1
                 self._send_part(flight, shard, deadline)
                 continue
             peer = self._peers[index]
@@ -261,6 +212,13 @@ class FFNGroup:
                 if not others:  # whatever ended the link may do so again at once
                     time.sleep(REDIAL_EVERY_S)
                 continue
+            except WorkerFailedError as error:
+                self._drop(index)
+                self._suspect(index)
+                flight.failures.append(error)
+                if len(flight.failures) >= MAX_FAILURES:
+                    raise flight.failures[0] from None
+                continue
             peer.calls.discard(flight.tag)
             return answer
 
@@ -277,8 +235,13 @@ class FFNGroup:
         return self._peers[index].suspected_until > time.monotonic()
 
     def _in_order_of_trust(self, shard: int) -> list[int]:
-        """The shard's replicas, the preferred one first and those that let a call time out lately last."""
+        """The shard's replicas, the preferred one first and those that failed a call lately last.
+
+        Raises WorkerGivenUpError when none is left.
+        """
         choices = self._choices[shard]
+        if not choices:
+            raise self._given_up_error(shard)
         return sorted(choices, key=self._is_suspected) if len(choices) > 1 else choices
 
     # --- links -----------------------------------------------------------------------------------------------------
@@ -290,8 +253,8 @@ class FFNGroup:
         down while another is up may come later.
         """
         deadline = time.monotonic() + self._timeout_s
-        for choices in self._choices:
-            while len(failures := self._dial(choices, deadline)) == len(choices):
+        for shard in range(self._num_shards):
+            while (choices := self._choices[shard]) and len(failures := self._dial(choices, deadline)) == len(choices):
                 if time.monotonic() + REDIAL_EVERY_S >= deadline:
                     raise failures[0]
                 time.sleep(REDIAL_EVERY_S)
@@ -318,6 +281,7 @@ class FFNGroup:
                 self._peers = {**self._peers, index: _Peer(connector)}
             else:
                 peer.connector, peer.suspected_until = connector, 0.0
+            self._given_up.pop(index, None)
             self._retired -= {index}
             self._choices = self._choose()
 
@@ -331,18 +295,31 @@ class FFNGroup:
                 return True
             self._retired |= {index}
             self._choices = self._choose()
-            assert all(self._choices), f"FFN worker {index} is the last one of its shard"
             peer = self._peers[index]
         deadline = time.monotonic() + timeout_s
         while peer.calls and time.monotonic() < deadline:
             time.sleep(RETIRE_POLL_S)
         return not peer.calls
 
+    def give_up(self, index: int, reason: str) -> None:
+        """FFN worker `index` will not come back. Callable from any thread.
+
+        What only it could compute fails at once, by WorkerGivenUpError.
+        """
+        with self._lock:
+            self._given_up[index] = reason
+            self._choices = self._choose()
+
+    def _given_up_error(self, shard: int) -> WorkerGivenUpError:
+        with self._lock:
+            index, reason = next(each for each in self._given_up.items() if each[0] % self._num_shards == shard)
+        return WorkerGivenUpError(f"ffn-{index}", reason, step=self._step)
+
     def _choose(self) -> list[list[int]]:
         """Every shard's workers, the one this attention replica prefers first: the load spreads without a word."""
         choices: list[list[int]] = [[] for _ in range(self._num_shards)]
         for index in sorted(self._peers):
-            if index not in self._retired:
+            if index not in self._retired and index not in self._given_up:
                 choices[index % self._num_shards].append(index)
         return [
             [*found[turn:], *found[:turn]]

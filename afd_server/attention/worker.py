@@ -79,6 +79,7 @@ class AttentionWorker:
                 num_micro_batches=len(passes),
                 num_tokens=plan.num_tokens,
                 ffn_rows=wire.ffn_rows,
+                num_resent=wire.num_resent,
             ),
         )
 

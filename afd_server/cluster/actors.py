@@ -2,7 +2,8 @@
 
 An actor is constructed empty and then told to `load`: a load that fails gives its caller the reason in one sentence,
 where a failing constructor would give Ray's traceback. After a restart by Ray the supervisor loads it again.
-Its methods run on several threads at once, because `sentinel` never returns: its failure tells of the actor's death.
+Its methods run on several threads at once, because `sentinel` lasts as long as the worker: its failure tells of the
+actor's death.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import asyncio
 import logging
 import math
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -35,7 +38,7 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-# load, use_ffn, ping, sentinel and stop may overlap.
+# load, use_ffn, heartbeat, sentinel and stop may overlap.
 ACTOR_THREADS = 6
 # Between two looks whether the worker's own thread lives.
 THREAD_POLL_S = 0.5
@@ -44,23 +47,45 @@ CONTROL_TIMEOUT_S = 10.0
 RETIRE_TIMEOUT_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """What a heartbeat tells. process: names the actor's process, of whatever node; pid: its id on its node. stalled_s:
+    since when its worker's thread has been at one piece of work; 0 without a worker, or when it is idle."""
+
+    process: str
+    node: str
+    pid: int
+    stalled_s: float
+
+
 class WorkerActor:
     """What both kinds have in common: being there, and being gone."""
 
     def __init__(self, config: ServeConfig, index: int, secret: bytes) -> None:
         self._config, self._index, self._secret = config, index, secret
         self._worker: FFNServer | AttentionReplica | None = None
+        self._process = secrets.token_hex(8)
+        self._sentinels = 0
 
-    def ping(self) -> None:
-        """Answers: the process is up."""
+    def heartbeat(self) -> Pulse:
+        """Answers at once, whatever the worker does: the process is up."""
+        worker = self._worker
+        return Pulse(self._process, _node(), os.getpid(), worker.stalled_s() if worker is not None else 0.0)
 
-    def sentinel(self) -> None:
-        """Never returns: it fails with the process. A worker whose thread has ended by itself takes the process along."""
+    def sentinel(self) -> str:
+        """Fails with the process. Returns, with the reason, when the worker's thread has ended by itself: the process is
+        to be ended then, and started again. A later call takes the place of an earlier one, which returns nothing."""
+        self._sentinels += 1
+        mine = self._sentinels
         while True:
             time.sleep(THREAD_POLL_S)
-            if self._worker is not None and not self._worker.is_alive():
-                logger.critical("the worker's thread has ended; so does this process, to be started again")
-                os._exit(1)
+            if self._sentinels != mine:
+                return ""
+            worker = self._worker
+            if worker is not None and not worker.is_alive():
+                reason = worker.failure or "its thread has ended"
+                logger.critical("%s; this process is to be started again", reason)
+                return reason
 
     def stop(self) -> None:
         """Ends the worker after the step or batch under way."""
@@ -102,13 +127,17 @@ class AttentionActor(WorkerActor):
         self._events = asyncio.new_event_loop()
         threading.Thread(target=self._events.run_forever, name="control", daemon=True).start()
 
-    def load(self, version: int, ffn: Mapping[int, Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
+    def load(
+        self, version: int, ffn: Mapping[int, Endpoint], given_up: Mapping[int, str]
+    ) -> tuple[Endpoint, WorkerInfo, list[str]]:
         """Loads, connects to the FFN workers and starts the engine, instead of what ran before.
 
-        ffn: where they listen, by index; version: of that. The answer's list names the transport to each of them, as it
+        ffn: where they listen, by index; given_up: why some of them will not come back; version: of both. The answer's list names the transport to each of them, as it
         was chosen. Raises StartError with the reason.
         """
-        return _explained(partial(self._load, version, ffn))
+        loaded = _explained(partial(self._load, version, ffn))
+        self._give_up(given_up)
+        return loaded
 
     def _load(self, version: int, ffn: Mapping[int, Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
         self.stop()
@@ -132,8 +161,8 @@ class AttentionActor(WorkerActor):
         self._on_events(control.start())
         return control.endpoint, replica.info, [self._transport(endpoint) for endpoint in ffn.values()]
 
-    def use_ffn(self, version: int, ffn: Mapping[int, Endpoint]) -> None:
-        """These are the FFN workers now, all of them; ignored when a later version is known.
+    def use_ffn(self, version: int, ffn: Mapping[int, Endpoint], given_up: Mapping[int, str]) -> None:
+        """These are the FFN workers now, all of them, and those among them that are given up; ignored when a later version is known.
 
         Returns when no call is under way to one that is missing from them.
         """
@@ -149,9 +178,15 @@ class AttentionActor(WorkerActor):
             for index, endpoint in ffn.items():
                 if before.get(index) != endpoint:
                     replica.replace_ffn(index, self._connector(index))
+            self._give_up(given_up)
         for index in before.keys() - ffn.keys():
             if not replica.retire_ffn(index, RETIRE_TIMEOUT_S):
                 logger.warning("FFN worker %d leaves with a call under way, which is sent again", index)
+
+    def _give_up(self, given_up: Mapping[int, str]) -> None:
+        for index, reason in given_up.items():
+            if isinstance(self._worker, AttentionReplica):
+                self._worker.give_up_ffn(index, reason)
 
     def stop(self) -> None:
         super().stop()

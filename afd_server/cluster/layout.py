@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from afd_server.attention.ffn_group import GroupLayout
+from afd_server.attention.dispatch import GroupLayout
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError
 from afd_server.kernels.gpu.device import can_run

@@ -16,12 +16,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from afd_server.cluster.actors import ACTOR_THREADS
 from afd_server.cluster.layout import usable_cores
-from afd_server.cluster.supervisor import first_line
+from afd_server.cluster.watch import first_line
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError, StartError
 from afd_server.transport.reachable import why_unreachable
@@ -35,11 +35,20 @@ START_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Actors:
-    """The handles, by worker index."""
+class Place:
+    """An actor, and the bundle that it runs in."""
 
-    ffn: list[Any]
-    attention: list[Any]
+    actor: Any
+    group: PlacementGroup
+    bundle: int
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """By worker index."""
+
+    ffn: list[Place]
+    attention: list[Place]
 
 
 def start_ray(config: ServeConfig) -> None:
@@ -115,6 +124,17 @@ def place(config: ServeConfig, ffn: type, attention: type, secret: bytes, deadli
     )  # fmt: skip
 
 
+def why_unplaced(place: Place) -> str:
+    """What the cluster lacks for an actor whose node was lost; empty when its bundle has a node. Blocks for a moment."""
+    table = placement_group_table(place.group)
+    if table["state"] == "CREATED" or table["bundles_to_node_id"].get(place.bundle):
+        return ""
+    needed = table["bundles"][place.bundle]
+    free = {name: amount for name, amount in ray.available_resources().items() if name in needed}
+    missing = [name for name, amount in needed.items() if amount > free.get(name, 0.0)]
+    return f"it needs {_listed(needed)}, free are {_listed(free)}" + (_too_little(missing) if missing else "")
+
+
 def stop_ray() -> None:
     ray.shutdown()
 
@@ -127,7 +147,7 @@ def _create(
     group: PlacementGroup,
     bundle: int,
     resources: dict[str, float],
-) -> Any:
+) -> Place:
     custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     options: dict[str, Any] = {
         "max_restarts": -1,
@@ -138,7 +158,7 @@ def _create(
         "resources": custom,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
     }
-    return ray.remote(**options)(kind).remote(config, index, secret)
+    return Place(ray.remote(**options)(kind).remote(config, index, secret), group, bundle)
 
 
 def _gpus_per_worker(config: ServeConfig) -> float:
@@ -168,16 +188,18 @@ def _why_not_placed(bundles: list[dict[str, float]], deadline: Deadline) -> str:
     if not missing:
         return (
             f"the workers are not placed after {deadline.timeout_s:g} s, although the cluster has {_listed(_offered())} "
-            "(others may hold it, or a node may be too small for a worker; or raise --start-timeout)"
+            "(others may hold it, or a node may be too small for a worker; or raise --placement-timeout)"
         )
-    remedies = [
+    needs = f"the workers need {_listed(_needed(bundles))}, the cluster has {_listed(_offered())}"
+    return needs + _too_little(missing)
+
+
+def _too_little(missing: list[str]) -> str:
+    remedies = dict.fromkeys(
         _REMEDIES.get(name, "start a node that offers it, see --attention-resource and --ffn-resource")
         for name in missing
-    ]
-    return (
-        f"the workers need {_listed(_needed(bundles))}, the cluster has {_listed(_offered())}: too little "
-        f"{', '.join(missing)} ({'; '.join(remedies)})"
     )
+    return f": too little {', '.join(missing)} ({'; '.join(remedies)})"
 
 
 _REMEDIES = {

@@ -7,8 +7,11 @@ serves a request (router/). Runs in the process of the front-end.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import secrets
+import signal
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +20,15 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from afd_server.cluster.actors import AttentionActor, FFNActor
-from afd_server.cluster.placement import START_POLL_S, Deadline, place, start_ray, stop_ray
-from afd_server.cluster.supervisor import Member, Role, Supervisor, first_line
+from afd_server.cluster.placement import START_POLL_S, Deadline, Place, place, start_ray, stop_ray, why_unplaced
+from afd_server.cluster.restarts import Restarts
+from afd_server.cluster.supervisor import Supervisor
+from afd_server.cluster.watch import Member, Role, first_line
 from afd_server.cluster.workers import Started, attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.errors import StartError
 from afd_server.router.router import Router
+from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.control import ControlClient
 
 logger = logging.getLogger(__name__)
@@ -43,19 +49,21 @@ class RayCluster:
         start_ray(config)
         self._config = config
         self._secret = secrets.token_bytes(32)
-        self._supervisor = Supervisor(self._connect)
+        self._places: dict[str, Place] = {}  # by worker
+        self._supervisor = Supervisor(config, self)
 
     def start(self, cancelled: threading.Event) -> Started:
         """Places and loads every worker, FFN first. Raises StartError with the first cause, within start_timeout.
 
         May run on a thread of its own; it gives up soon after `cancelled` is set.
         """
+        placement_deadline = Deadline(self._config.placement_timeout, cancelled)
+        actors = place(self._config, FFNActor, AttentionActor, self._secret, placement_deadline)
+        for index, placed in enumerate(actors.ffn):
+            self._supervisor.add(self._member("ffn", index, placed))
+        for index, placed in enumerate(actors.attention):
+            self._supervisor.add(self._member("attention", index, placed))
         deadline = Deadline(self._config.start_timeout, cancelled)
-        actors = place(self._config, FFNActor, AttentionActor, self._secret, deadline)
-        for index, actor in enumerate(actors.ffn):
-            self._supervisor.add(_member("ffn", index, actor))
-        for index, actor in enumerate(actors.attention):
-            self._supervisor.add(_member("attention", index, actor))
         ffn = self._load(self._supervisor.members("ffn"), deadline)
         for member, (endpoint, info) in zip(self._supervisor.members("ffn"), ffn, strict=True):
             member.serves_at(endpoint, info)
@@ -68,6 +76,12 @@ class RayCluster:
             ffn=tuple(info for _, info in ffn),
             transports=tuple(sorted({name for _, _, names in attention for name in names})),
         )
+
+    def _member(self, role: Role, index: int, placed: Place) -> Member:
+        name = ffn_name(index) if role == "ffn" else attention_name(index)
+        self._places[name] = placed
+        life = placed.actor.sentinel.remote()
+        return Member(role, index, name, placed.actor, life, Restarts(self._config.max_restarts))
 
     def _load(self, members: Sequence[Member], deadline: Deadline, *arguments: Any) -> list[Any]:
         """Every member's answer to `load`; the first failure ends the wait."""
@@ -92,18 +106,38 @@ class RayCluster:
 
     async def connect(self) -> list[ControlClient]:
         """A client to each attention replica, for the router."""
-        return [await self._connect(member) for member in self._supervisor.members("attention")]
+        return [await self.connect_to(member) for member in self._supervisor.members("attention")]
 
-    async def _connect(self, member: Member) -> ControlClient:
+    async def connect_to(self, member: Member) -> ControlClient:
+        """See supervisor.Processes."""
         assert member.endpoint is not None
         return await ControlClient.connect(member.endpoint, self._secret, CONNECT_TIMEOUT_S)
 
-    async def supervise(self, router: Router) -> None:
+    def end(self, member: Member, *, restart: bool) -> None:
+        """See supervisor.Processes. Ray takes 5 s to end a process that is stopped; on this host it can be done at once."""
+        pulse = member.pulse
+        if restart and pulse is not None and pulse.node == _node():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pulse.pid, signal.SIGKILL)
+        else:
+            ray.kill(member.actor, no_restart=not restart)
+
+    def why_unplaced(self, member: Member) -> str:
+        """See supervisor.Processes."""
+        return why_unplaced(self._places[member.name])
+
+    async def supervise(self, router: Router, metrics: WorkerMetrics) -> None:
         """Watches over every actor until cancelled, and brings back those that die."""
-        await self._supervisor.run(router)
+        await self._supervisor.run(router, metrics)
 
     def health(self) -> list[str]:
         return self._supervisor.health()
+
+    def is_serving(self) -> bool:
+        return self._supervisor.is_serving()
+
+    def refusal(self) -> str:
+        return self._supervisor.refusal()
 
     def stop(self) -> None:
         """Asks every worker to end its work, then ends the processes. Harmless when nothing was started."""
@@ -117,6 +151,5 @@ class RayCluster:
         stop_ray()
 
 
-def _member(role: Role, index: int, actor: Any) -> Member:
-    name = ffn_name(index) if role == "ffn" else attention_name(index)
-    return Member(role, index, name, actor, life=actor.sentinel.remote())
+def _node() -> str:
+    return ray.get_runtime_context().get_node_id()

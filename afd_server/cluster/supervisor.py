@@ -1,9 +1,10 @@
-"""The watch over a server's actors: every death is noticed, and whoever died is brought back.
+"""The watch over a server's actors: every death and every freeze is noticed, and whoever died is brought back.
 
-What lives here: the course of a restart. Ray starts the process of a dead actor again, empty; here it is loaded, and its
-peers are told. What does not: the first start and the end (ray_cluster.py), what the requests of a dead worker do
-meanwhile (router/, attention/ffn_group.py). Runs on the front-end's event loop. Whatever happens to one worker, at any
-moment of its restart, is no reason to leave the others alone.
+What lives here: the course of a restart, and its end when the restarts are used up (restarts.py has the account). Ray
+starts the process of a dead actor again, empty; here it is loaded, and its peers are told. What does not: how trouble
+shows (watch.py), the first start and the end (ray_cluster.py), what the requests of a dead worker do meanwhile (router/,
+attention/ffn_group.py). Runs on the front-end's event loop. Whatever happens to one worker, at any moment of its restart,
+is no reason to leave the others alone.
 """
 
 from __future__ import annotations
@@ -11,80 +12,66 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Protocol
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError
 
-from afd_server.cluster.workers import WorkerInfo
+from afd_server.cluster.watch import Kind, Member, Role, first_line, next_pulse, trouble
+from afd_server.config import ServeConfig
 from afd_server.errors import WorkerError
 from afd_server.router.router import Router
+from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.base import Endpoint
 from afd_server.transport.control import ControlClient
 
 logger = logging.getLogger(__name__)
 
-# Between two attempts to bring a worker back. Each one reads its weights again.
-RETRY_AFTER_S = 0.2
-MAX_RETRY_AFTER_S = 5.0
-# Between two looks for attention workers that live and are not connected.
+# Between two looks for a new process, or for attention workers that live and are not connected.
+NEW_PROCESS_POLL_S = 0.2
 RECONNECT_POLL_S = 1.0
+# How long a new process may take before it is asked why.
+EXPLAIN_AFTER_S = 2.0
 # How long a worker may take to hear of another one's restart before the next ones go on without it.
 TELL_TIMEOUT_S = 10.0
 
 
-Role = Literal["attention", "ffn"]
+class Processes(Protocol):
+    """The actors' processes, as Ray has them."""
 
+    async def connect_to(self, member: Member) -> ControlClient:
+        """A control connection to an attention worker. Raises WorkerError."""
 
-@dataclass(slots=True, eq=False)
-class Member:
-    """One actor of the cluster.
+    def end(self, member: Member, *, restart: bool) -> None:
+        """Ends the process for certain, also one that is stopped. restart: whether Ray is to start another."""
 
-    index: among those of its role. life: a call that ends only with the actor's process, taken before that process is
-    loaded. endpoint and info: of the last load, None before the first. down_since (monotonic seconds) and reason while
-    it is not serving.
-    """
-
-    role: Role
-    index: int
-    name: str
-    actor: Any
-    life: Any
-    endpoint: Endpoint | None = None
-    info: WorkerInfo | None = None
-    down_since: float | None = None
-    reason: str = ""
-
-    def serves_at(self, endpoint: Endpoint, info: WorkerInfo) -> None:
-        """It has been loaded."""
-        self.endpoint, self.info = endpoint, info
-
-
-Connect = Callable[[Member], Awaitable[ControlClient]]
+    def why_unplaced(self, member: Member) -> str:
+        """What is missing in the cluster for the member to be placed; empty when it has its place. May block."""
 
 
 class Supervisor:
-    """Watches over loaded members, which may come and go. connect: opens a control connection to an attention worker.
+    """Watches over loaded members, which may come and go.
 
     Attention workers are told the whole list of FFN workers whenever it changes, with a version that grows, so that news
     which overtakes other news does no harm.
     """
 
-    def __init__(self, connect: Connect) -> None:
+    def __init__(self, config: ServeConfig, processes: Processes) -> None:
+        self._config = config
+        self._processes = processes
         self._members: list[Member] = []
-        self._connect = connect
         self._ffn_version = 1
         self._tasks: asyncio.TaskGroup | None = None  # while it runs
         self._watches: dict[Member, asyncio.Task[None]] = {}
         self._router: Router | None = None
+        self._metrics: WorkerMetrics | None = None
 
-    async def run(self, router: Router) -> None:
+    async def run(self, router: Router, metrics: WorkerMetrics) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as self._tasks:
-            self._router = router
+            self._router, self._metrics = router, metrics
             for member in self._members:
-                self._watches[member] = self._tasks.create_task(self._watch(member))
+                self._start_watch(member)
             self._tasks.create_task(self._watch_connections(router))
 
     # --- the members -----------------------------------------------------------------------------------------------
@@ -97,7 +84,7 @@ class Supervisor:
         """Watches over it from now on. Attention workers hear of a new FFN worker by `tell_ffn`."""
         self._members.append(member)
         if self._tasks is not None:
-            self._watches[member] = self._tasks.create_task(self._watch(member))
+            self._start_watch(member)
 
     def remove(self, member: Member) -> None:
         """It may end: nobody brings it back. Attention workers hear that an FFN worker leaves by `tell_ffn`."""
@@ -105,13 +92,18 @@ class Supervisor:
         watch = self._watches.pop(member, None)
         if watch is not None:
             watch.cancel()
+        if self._metrics is not None:
+            self._metrics.forget(member.name)
 
-    def ffn_endpoints(self) -> tuple[int, dict[int, Endpoint]]:
-        """Where the FFN workers listen, or listened last, by index; and the version of that."""
-        ffn = self.members("ffn")
-        return self._ffn_version, {
-            member.index: member.endpoint for member in ffn if member.endpoint is not None
-        }
+    def ffn_endpoints(self) -> tuple[int, dict[int, Endpoint], dict[int, str]]:
+        """The version of what follows; where the FFN workers listen, or listened last, and why some of them are given up,
+        each by index."""
+        now, ffn = time.monotonic(), self.members("ffn")
+        return (
+            self._ffn_version,
+            {member.index: member.endpoint for member in ffn if member.endpoint is not None},
+            {member.index: member.problem(now) for member in ffn if member.given_up},
+        )
 
     async def tell_ffn(self) -> None:
         """The list of FFN workers has changed: tells every attention worker, one that loads included: it may wait for them.
@@ -126,62 +118,171 @@ class Supervisor:
 
         It is to be a member, and up, before anything else is awaited: until then nobody tells it of FFN workers.
         """
-        version, endpoints = self.ffn_endpoints()
-        endpoint, info, _ = await member.actor.load.remote(version, endpoints)
+        version, endpoints, given_up = self.ffn_endpoints()
+        endpoint, info, _ = await member.actor.load.remote(version, endpoints, given_up)
         member.serves_at(endpoint, info)
-        client = await self._connect(member)
-        while (
-            version != self._ffn_version
-        ):  # those that changed meanwhile may have been told to the process before
+        client = await self._processes.connect_to(member)
+        while version != self._ffn_version:  # what changed meanwhile may have been told to the process before
             version = self._ffn_version
             await self._tell(member)
         return client
 
+    # --- what others may know --------------------------------------------------------------------------------------
+
     def health(self) -> list[str]:
         """One sentence for each worker that is down: which, since when, why."""
-        now = time.monotonic()
-        return [
-            f"{member.name} has been down for {now - member.down_since:.1f} s: {member.reason}"
-            for member in self._members
-            if member.down_since is not None
-        ]
+        return _problems(self._members)
+
+    def is_serving(self) -> bool:
+        """Whether requests get on: there is an attention worker, and a worker for every FFN shard."""
+        return all(any(member.down_since is None for member in needed) for needed in self._one_of_each())
+
+    def refusal(self) -> str:
+        """Why no request can be served any more, in a sentence; empty as long as there is hope."""
+        for needed in self._one_of_each():
+            if all(member.given_up for member in needed):
+                return "; ".join(_problems(needed))
+        return ""
+
+    def _one_of_each(self) -> list[list[Member]]:
+        """The attention workers, and the FFN workers of each shard: of each of these groups somebody is needed."""
+        ep, tp = self._config.ffn_shards
+        ffn = self.members("ffn")
+        shards = [[member for member in ffn if member.index % (ep * tp) == shard] for shard in range(ep * tp)]
+        return [self.members("attention"), *shards]
 
     # --- what happens to them --------------------------------------------------------------------------------------
 
+    def _start_watch(self, member: Member) -> None:
+        assert self._tasks is not None and self._metrics is not None
+        self._watches[member] = self._tasks.create_task(self._watch(member))
+        self._metrics.up(member.name, member.role)
+
     async def _watch(self, member: Member) -> None:
         while True:
+            kind, reason = await trouble(member, self._config)
+            self._goes_down(member, reason)
+            if kind != "died":
+                self._end(member, restart=True)
+            if not await self._bring_back(member, kind):
+                return
+
+    async def _bring_back(self, member: Member, kind: Kind) -> bool:
+        """Whether the member serves again. Only its own troubles are counted against it."""
+        assert self._metrics is not None
+        while not member.restarts.used_up:
+            await asyncio.sleep(member.restarts.pause_s)
+            member.restarts.begin()
+            self._metrics.restarted(member.name, kind)
             try:
-                await member.life
-                continue
-            except RayError as error:
-                member.down_since = time.monotonic()
-                _note(member, f"died: {first_line(error)}")
-            pause_s = RETRY_AFTER_S
-            while member.down_since is not None:
-                try:
+                await self._find_process(member)
+                await self._hopeful_ffn(member)
+                async with asyncio.timeout(self._config.start_timeout):
                     await (
-                        member.actor.ping.remote()
-                    )  # the new process is there, and whatever is asked now is asked of it
-                    member.life = member.actor.sentinel.remote()
-                    if member.role == "ffn":
-                        await self._restore_ffn(member)
-                    else:
-                        await self._restore_attention(member)
-                except (RayError, WorkerError) as error:
-                    _note(member, f"is not back yet: {first_line(error)}")
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, MAX_RETRY_AFTER_S)
+                        self._restore_ffn(member) if member.role == "ffn" else self._restore_attention(member)
+                    )
+                return True
+            except TimeoutError:
+                kind = "hung"
+                _note(member, f"has not loaded within {self._config.start_timeout:g} s (see --start-timeout)")
+                self._end(member, restart=True)
+            except (RayError, WorkerError) as error:
+                kind = "failed"
+                _note(member, f"is not back yet: {first_line(error)}")
+                if member.role == "attention" and self._missing_ffn():  # it could not succeed
+                    member.restarts.take_back()
+        await self._give_up(member)
+        return False
+
+    async def _find_process(self, member: Member) -> None:
+        """Returns when the member has a process, and not one that is being killed. Raises RayError if Ray gives it up.
+
+        Ray may look for a place for as long as it takes, which is said with what is missing, and costs no restart.
+        """
+        since = time.monotonic()
+        while True:
+            try:
+                pulse = await next_pulse(member, EXPLAIN_AFTER_S)
+            except ActorDiedError:
+                raise
+            except RayError:  # not yet
+                pulse = None
+            if pulse is not None and pulse.process != member.ended:
+                self._say_unplaced(member, "")
+                if member.pulse is None or pulse.process != member.pulse.process:
+                    member.life = member.actor.sentinel.remote()  # before anything else that is asked of it
+                member.pulse = pulse
+                return
+            if time.monotonic() - since >= EXPLAIN_AFTER_S:
+                self._say_unplaced(member, await asyncio.to_thread(self._processes.why_unplaced, member))
+            await asyncio.sleep(NEW_PROCESS_POLL_S)
+
+    async def _hopeful_ffn(self, member: Member) -> None:
+        """An attention worker is loaded when there is an FFN side to connect to, or is about to be."""
+        while member.role == "attention" and (
+            missing := [ffn for ffn in self._missing_ffn() if ffn.given_up or ffn.unplaced]
+        ):
+            _note(member, f"waits for {', '.join(ffn.name for ffn in missing)}")
+            await asyncio.sleep(NEW_PROCESS_POLL_S)
+
+    def _missing_ffn(self) -> list[Member]:
+        """The workers of FFN shards that nobody serves."""
+        shards = self._one_of_each()[1:]
+        return [
+            member for shard in shards if all(each.down_since is not None for each in shard) for member in shard
+        ]
+
+    async def _give_up(self, member: Member) -> None:
+        assert self._router is not None
+        member.given_up = True
+        self._end(member, restart=False)
+        (sentence,) = _problems([member])
+        logger.error("%s (see --max-restarts)", sentence)
+        if member.role == "ffn":
+            await self.tell_ffn()
+        else:
+            self._router.give_up(member.name, sentence)
+
+    def _end(self, member: Member, *, restart: bool) -> None:
+        if member.pulse is not None:
+            member.ended = member.pulse.process
+        self._processes.end(member, restart=restart)
+
+    def _goes_down(self, member: Member, reason: str) -> None:
+        assert self._metrics is not None
+        member.down_since = time.monotonic()
+        member.restarts.down(member.down_since)
+        self._metrics.down(member.name, member.role)
+        _note(member, reason)
+
+    def _comes_back(self, member: Member) -> None:
+        assert self._metrics is not None and member.down_since is not None
+        now = time.monotonic()
+        logger.warning("%s is back after %.1f s", member.name, now - member.down_since)
+        self._metrics.recovered(member.name, member.role, now - member.down_since)
+        member.down_since, member.reason = None, ""
+        member.restarts.up(now)
+
+    def _say_unplaced(self, member: Member, missing: str) -> None:
+        assert self._metrics is not None
+        if missing != member.unplaced:
+            member.unplaced = missing
+            self._metrics.unplaced(member.name, missing)
+            if missing:
+                logger.error("%s cannot be placed: %s", member.name, missing)
+            else:
+                logger.warning("%s has been placed", member.name)
 
     async def _restore_ffn(self, member: Member) -> None:
         member.serves_at(*await member.actor.load.remote())
         await self.tell_ffn()
-        _back(member)
+        self._comes_back(member)
 
     async def _restore_attention(self, member: Member) -> None:
         assert self._router is not None
         client = await self.load_attention(member)
         self._router.replace(member.name, client)
-        _back(member)
+        self._comes_back(member)
 
     async def _watch_connections(self, router: Router) -> None:
         """Connects again to attention workers that live although their control connection has ended."""
@@ -191,7 +292,7 @@ class Supervisor:
                 if member.name not in router.lost() or member.down_since is not None:
                     continue
                 try:
-                    client = await self._connect(member)
+                    client = await self._processes.connect_to(member)
                 except WorkerError as error:
                     logger.warning("%s lives and cannot be reached: %s", member.name, error.problem)
                 else:
@@ -218,14 +319,6 @@ def _note(member: Member, reason: str) -> None:
     member.reason = reason
 
 
-def _back(member: Member) -> None:
-    assert member.down_since is not None
-    logger.warning("%s is back after %.1f s", member.name, time.monotonic() - member.down_since)
-    member.down_since, member.reason = None, ""
-
-
-def first_line(error: BaseException) -> str:
-    """What is said of an error in a sentence. Ray's are pages long; the cause of a failed task says more than they do."""
-    if isinstance(error, RayTaskError):
-        error = error.cause
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _problems(members: Sequence[Member]) -> list[str]:
+    now = time.monotonic()
+    return [sentence for member in members if (sentence := member.problem(now))]

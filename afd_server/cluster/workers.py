@@ -102,7 +102,7 @@ class FFNServer:
             raise
         self.half = half
         self.info = WorkerInfo(self.name, os.getpid(), device.type, half.weight_bytes())
-        self._worker = FFNWorker(self.name, half, listener)
+        self._worker = FFNWorker(self.name, half, listener, end_at_failure=config.executor == "ray")
         self._thread = threading.Thread(target=self._worker.serve, name=self.name, daemon=True)
         self._thread.start()
         logger.info("%s: %.1f MB of weights on %s in %.1f s", self.name, self.info.weight_bytes / 1e6, device.type,
@@ -111,6 +111,15 @@ class FFNServer:
     def is_alive(self) -> bool:
         """Whether calls are served."""
         return self._thread.is_alive()
+
+    @property
+    def failure(self) -> str:
+        """Why calls are served no more, where an error is to blame."""
+        return self._worker.failure
+
+    def stalled_s(self) -> float:
+        """Since when the thread has been at one batch."""
+        return time.monotonic() - self._worker.progressed_at
 
     def stop(self) -> None:
         """Ends the thread after the batch under way."""
@@ -183,6 +192,10 @@ class AttentionReplica:
         """FFN worker `index` is new or was restarted, and is reached this way now. Callable from any thread."""
         self._ffn_group.replace(index, connector)
 
+    def give_up_ffn(self, index: int, reason: str) -> None:
+        """FFN worker `index` will not come back. Callable from any thread."""
+        self._ffn_group.give_up(index, reason)
+
     def retire_ffn(self, index: int, timeout_s: float) -> bool:
         """FFN worker `index` is to leave: whether no call to it is under way any more. Callable from any thread."""
         return self._ffn_group.retire(index, timeout_s)
@@ -190,6 +203,18 @@ class AttentionReplica:
     def is_alive(self) -> bool:
         """Whether requests are run."""
         return self.loop.is_alive()
+
+    @property
+    def failure(self) -> str:
+        """Why requests are run no more. Only a bug ends the engine's thread; the log has it."""
+        return "" if self.is_alive() else "the engine's thread has ended"
+
+    def stalled_s(self) -> float:
+        """Since when the engine has been at one step without an answer from any FFN worker; 0 while it is idle."""
+        busy_since = self.loop.busy_since
+        if busy_since is None:
+            return 0.0
+        return time.monotonic() - max(busy_since, self._ffn_group.progressed_at)
 
     def stop(self) -> None:
         """Ends the engine's thread after the step under way, then the links."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -32,6 +33,7 @@ class EngineLoop:
         self._wake = threading.Condition()
         self._commands: deque[GenerationRequest | str] = deque()
         self._stopping = False
+        self._busy_since: float | None = None  # monotonic seconds; None while it sleeps for want of work
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -53,6 +55,11 @@ class EngineLoop:
     def is_alive(self) -> bool:
         """Whether the thread runs. It ends by `stop`, or by a bug of this server."""
         return self._thread.is_alive()
+
+    @property
+    def busy_since(self) -> float | None:
+        """When the step under way began, in monotonic seconds; None while there is nothing to do. Any thread."""
+        return self._busy_since
 
     def stop(self) -> None:
         """Returns when the step under way is over and the thread has ended. What is unfinished ends as aborted."""
@@ -80,7 +87,9 @@ class EngineLoop:
         """What came since the last step; sleeps for it when there is nothing to run."""
         with self._wake:
             while not (self._commands or self._stopping or self._engine.has_work):
+                self._busy_since = None
                 self._wake.wait()
+            self._busy_since = time.monotonic()
             commands = list(self._commands)
             self._commands.clear()
             return commands, self._stopping

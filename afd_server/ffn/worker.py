@@ -26,10 +26,18 @@ IDLE_WAIT_S = 0.05
 
 
 class FFNWorker:
-    """Serves one shard's weights to whoever calls. `serve` runs on one thread; `stop` may come from any."""
+    """Serves one shard's weights to whoever calls. `serve` runs on one thread; `stop` may come from any.
 
-    def __init__(self, name: str, half: FFNHalf, listener: Listener) -> None:
+    end_at_failure: whether a call that cannot be computed ends `serve`, after its caller has been told the reason. That
+    is right where the worker is started afresh: what broke once (a device, memory) rarely mends itself.
+    failure: the first such reason. progressed_at: when the thread last began to wait or to compute, monotonic seconds.
+    """
+
+    def __init__(self, name: str, half: FFNHalf, listener: Listener, *, end_at_failure: bool = False) -> None:
         self.name = name
+        self.failure = ""
+        self.progressed_at = time.monotonic()
+        self._end_at_failure = end_at_failure
         self._half = half
         self._listener = listener
         self._stopping = threading.Event()
@@ -37,9 +45,9 @@ class FFNWorker:
 
     @torch.inference_mode()
     def serve(self) -> None:
-        """Answers calls until `stop`, then closes the listener."""
+        """Answers calls until `stop`, or a failure that ends it, then closes the listener."""
         try:
-            while not self._stopping.is_set():
+            while not (self._stopping.is_set() or (self.failure and self._end_at_failure)):
                 self.serve_once(IDLE_WAIT_S)
         finally:
             self._listener.close()
@@ -49,11 +57,13 @@ class FFNWorker:
 
         A call that cannot be computed is answered with the reason. To be called in inference mode.
         """
+        self.progressed_at = time.monotonic()
         # With calls in hand, only look at what came meanwhile; without, sleep until something comes.
         self._waiting += self._listener.wait(0.0 if self._waiting else timeout_s)
         if not self._waiting:
             return False
         batch, self._waiting = next_batch(self._waiting)
+        self.progressed_at = time.monotonic()
         self._answer(batch)
         return True
 
@@ -69,11 +79,16 @@ class FFNWorker:
             Exception
         ) as error:  # the worker must outlive any call: the callers are told, and the log has the rest
             if len(batch) > 1:  # one bad call is no reason to fail the others
+                logger.warning(
+                    "%s: %d calls together failed, each is tried by itself: %s", self.name, len(batch), error
+                )
                 for incoming in batch:
                     self._answer([incoming])
                 return
             logger.exception("%s: layer %d failed", self.name, batch[0].call.layer)
-            self._reply(batch[0], 0, 0, f"{type(error).__name__}: {error}")
+            problem = f"{type(error).__name__}: {error}"
+            self.failure = self.failure or problem
+            self._reply(batch[0], 0, 0, problem)
             return
         ffn_us = round((time.perf_counter() - started) * 1e6)
         batch_rows = sum([len(incoming.call.x) for incoming in batch])

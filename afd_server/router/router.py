@@ -37,13 +37,15 @@ FAILOVER_TIMEOUT_S = 120.0
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """A replica and the requests that it has, by id. down_since (monotonic seconds) and reason once it is lost."""
+    """A replica and the requests that it has, by id. down_since (monotonic seconds) and reason once it is lost; given_up
+    when it will not come back."""
 
     client: ReplicaClient
     streams: dict[str, Stream] = field(default_factory=dict)
     reader: asyncio.Task[None] | None = None
     down_since: float | None = None
     reason: str = ""
+    given_up: bool = False
 
     @property
     def load_tokens(self) -> int:
@@ -56,7 +58,8 @@ class Replica:
 class Router:
     """All requests under way, and the replicas that serve them. An async context manager; open inside it only.
 
-    on_stats: called with a replica's name and statistics after each of its updates.
+    on_stats: called with a replica's name and statistics after each of its updates. on_lost: with the name of a replica
+    that was lost and the number of requests that it had.
     failover_timeout_s: how long a request may be without a live replica before it ends in UnavailableError.
     """
 
@@ -64,11 +67,13 @@ class Router:
         self,
         clients: Sequence[ReplicaClient],
         on_stats: Callable[[str, ReplicaStats], None] | None = None,
+        on_lost: Callable[[str, int], None] | None = None,
         *,
         failover_timeout_s: float = FAILOVER_TIMEOUT_S,
     ) -> None:
         self._replicas = {client.worker: Replica(client) for client in clients}
         self._on_stats = on_stats
+        self._on_lost = on_lost
         self._failover_timeout_s = failover_timeout_s
         self._prefixes = PrefixMemory()
         # Every request under way, and among them those that no replica has.
@@ -130,6 +135,23 @@ class Router:
         for stream in list(self._orphans):
             self._place(stream)
 
+    def give_up(self, name: str, reason: str) -> None:
+        """Replica `name` will not come back. When there is no other, requests that wait for one end with this reason."""
+        replica = self._replicas[name]
+        self._lose(replica, reason)
+        replica.given_up, replica.reason = True, reason
+        if self._is_given_up():
+            for stream in self._orphans:
+                stream.keep_on()
+                stream.fail(reason)
+
+    def _is_given_up(self) -> bool:
+        return all(replica.given_up for replica in self._replicas.values())
+
+    def is_serving(self) -> bool:
+        """Whether some replica can be reached."""
+        return any(replica.down_since is None for replica in self._replicas.values())
+
     def lost(self) -> list[str]:
         """Names of the replicas that cannot be reached."""
         return [name for name, replica in self._replicas.items() if replica.down_since is not None]
@@ -140,7 +162,7 @@ class Router:
         return [
             f"{name} has been out of reach for {now - replica.down_since:.1f} s: {replica.reason}"
             for name, replica in self._replicas.items()
-            if replica.down_since is not None
+            if replica.down_since is not None and not replica.given_up  # whoever gave it up says so
         ]
 
     # --- inside ----------------------------------------------------------------------------------------------------
@@ -192,8 +214,11 @@ class Router:
         return False
 
     def _place_or_wait(self, stream: Stream) -> None:
-        """Where no replica lives the request waits for one that is restarted."""
+        """Where no replica lives the request waits for one that is restarted; it fails where none will be."""
         if self._place(stream):
+            return
+        if self._is_given_up():
+            stream.fail("; ".join(replica.reason for replica in self._replicas.values()))
             return
         self._orphans[stream] = None
         deaths = "; ".join(f"{name} died ({replica.reason})" for name, replica in self._replicas.items())
@@ -218,6 +243,8 @@ class Router:
         replica.client.close()
         lost, replica.streams = list(replica.streams.values()), {}
         logger.error("%s is out of reach with %d requests: %s", replica.client.worker, len(lost), reason)
+        if self._on_lost is not None:
+            self._on_lost(replica.client.worker, len(lost))
         for stream in lost:
             self._place_or_wait(stream)
 

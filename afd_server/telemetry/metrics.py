@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.types import ReplicaStats, StepTiming
 
 TTFT_BUCKETS_S = (
@@ -81,6 +82,7 @@ class Metrics:
         self._last_stats: dict[str, ReplicaStats] = {}
         self._create_request_metrics()
         self._create_replica_metrics()
+        self.workers = WorkerMetrics(self._registry, model_name, self._replica_down)
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""
@@ -96,6 +98,10 @@ class Metrics:
         """Tokens came, `since_last_s` seconds after the ones before, or after the request's arrival."""
         self._generation_tokens.inc(num_tokens)
         (self._time_to_first_token if first else self._inter_token_latency).observe(since_last_s)
+
+    def observe_lost(self, replica: str, num_requests: int) -> None:
+        """A replica was lost with so many requests under way, which go on elsewhere."""
+        self._resubmitted.labels(model_name=self._model_name, engine=replica).inc(num_requests)
 
     def observe_finish(self, reason: str, total_s: float, decode_s: float, num_tokens: int) -> None:
         """A request ended. reason: stop, length, abort or error. decode_s: from its first to its last token."""
@@ -123,9 +129,17 @@ class Metrics:
         if stats.timing is not None:
             self._observe_timing(stats.timing, labels)
 
+    def _replica_down(self, worker: str) -> None:
+        """Nothing runs or waits there any more; the totals stay."""
+        if worker in self._last_stats:
+            labels = {"model_name": self._model_name, "engine": worker}
+            for gauge in (self._running, self._waiting, self._kv_cache_usage):
+                gauge.labels(**labels).set(0)
+
     def _observe_timing(self, timing: StepTiming, labels: dict[str, str]) -> None:
         self._step_time.labels(**labels).observe(timing.total_s)
         self._micro_batches.labels(**labels).observe(timing.num_micro_batches)
+        self._resent.labels(**labels).inc(timing.num_resent)
         if timing.total_s > 0:
             self._bubble_share.labels(**labels).observe(timing.bubble_s / timing.total_s)
         if timing.num_hops:
@@ -166,6 +180,13 @@ class Metrics:
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting for a place in the batch.")
         self._kv_cache_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
         self._totals = {field: self._replica_counter(*named) for field, named in TOTALS.items()}
+        self._resubmitted = self._replica_counter(
+            "requests_resubmitted", "Requests under way at a replica when it was lost, to go on elsewhere."
+        )
+        self._resent = self._replica_counter(
+            "ffn_calls_resent",
+            "FFN calls sent again because their worker was lost or failed, of steps that succeeded.",
+        )
         self._step_time = self._replica_histogram("step_seconds", "One step of a replica.", TOKEN_BUCKETS_S)
         self._attention_hop = self._replica_histogram(
             "attention_hop_seconds", "Attention computing per layer hop, mean of a step.", HOP_BUCKETS_S

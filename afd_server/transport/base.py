@@ -113,7 +113,7 @@ class Link(ABC):
         """Waits for the answer to `tag`, the last call sent for its micro-batch.
 
         Raises WorkerTimeoutError when none came in time (the call stays under way and may be received later or sent
-        again), WorkerDiedError as soon as the connection ends, WorkerError when the worker says that it failed, and
+        again), WorkerDiedError as soon as the connection ends, WorkerFailedError when the worker says that it failed, and
         ProtocolError, after which the link is closed, when it talks nonsense.
         """
 

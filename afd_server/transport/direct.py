@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from afd_server.errors import WorkerError
+from afd_server.errors import WorkerFailedError
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import Answer, CallTag, Link
 
@@ -37,7 +37,7 @@ class DirectLink(Link):
         sent, answer = self._answers.pop(tag.micro_batch)
         assert sent == tag, f"{tag} is not the call under way, {sent} is"
         if isinstance(answer, str):
-            raise WorkerError(self.worker, answer, layer=tag.layer, step=tag.step)
+            raise WorkerFailedError(self.worker, answer, layer=tag.layer, step=tag.step)
         return answer
 
     def close(self) -> None:

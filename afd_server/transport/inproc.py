@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afd_server.errors import WorkerDiedError, WorkerError, WorkerTimeoutError
+from afd_server.errors import WorkerDiedError, WorkerFailedError, WorkerTimeoutError
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import NUM_SLOTS, Answer, CallTag, IncomingCall, Link, LinkShape, Listener
 from afd_server.transport.wire import Slots
@@ -127,7 +127,7 @@ class _InprocLink(Link):
                 self._arrived[reply.micro_batch] = reply
         reply = self._arrived.pop(micro_batch)
         if reply.problem is not None:
-            raise WorkerError(self.worker, reply.problem, layer=tag.layer, step=tag.step)
+            raise WorkerFailedError(self.worker, reply.problem, layer=tag.layer, step=tag.step)
         y_TH = connection.slots.answer(micro_batch, self._rows[micro_batch])
         return Answer(y_TH, reply.ffn_us, reply.queue_us, reply.batch_rows)
 

@@ -9,7 +9,7 @@ import select
 import socket
 import time
 
-from afd_server.errors import ProtocolError, WorkerDiedError, WorkerError, WorkerTimeoutError
+from afd_server.errors import ProtocolError, WorkerDiedError, WorkerFailedError, WorkerTimeoutError
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import NUM_SLOTS, Answer, CallTag, Link
 from afd_server.transport.frames import MAX_MESSAGE_BYTES, FrameError, FrameReader, Header, Kind, Outbox
@@ -74,7 +74,7 @@ class SocketLink(Link):
         header = self._arrived[micro_batch] or self._read_until(tag, micro_batch, timeout_s)
         if header.kind is Kind.FAILURE:
             reason = self._messages.pop(micro_batch).decode("utf-8", "replace")
-            raise WorkerError(self.worker, reason, layer=tag.layer, step=tag.step)
+            raise WorkerFailedError(self.worker, reason, layer=tag.layer, step=tag.step)
         y_TH = self._slots.answer(micro_batch, sent.rows)
         return Answer(y_TH, header.ffn_us, header.queue_us, header.batch_rows)
 

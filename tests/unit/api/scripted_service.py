@@ -43,6 +43,7 @@ class ScriptedService:
         self.requests = []
         self.closed = []
         self.problems = []
+        self.serving = True
 
     async def generate(self, request):
         script = self.scripts[len(self.requests) % len(self.scripts)]
@@ -61,6 +62,9 @@ class ScriptedService:
 
     def health(self):
         return self.problems
+
+    def is_serving(self):
+        return self.serving
 
 
 def says(text, finish=FinishReason.STOP, *, step=1, cached_tokens=0, logprob=None):

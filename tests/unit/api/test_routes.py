@@ -73,6 +73,9 @@ async def test_health_follows_the_machine():
         assert (await client.get("/health")).status_code == 200
         service.problems = ["worker ffn-0 restarts"]
         response = await client.get("/health")
+        assert (response.status_code, response.json()["problems"]) == (200, ["worker ffn-0 restarts"])
+        service.serving = False
+        response = await client.get("/health")
         assert (response.status_code, response.json()["problems"]) == (503, ["worker ffn-0 restarts"])
         assert "retry-after" in response.headers
 

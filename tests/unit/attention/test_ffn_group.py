@@ -9,7 +9,8 @@ import threading
 import pytest
 import torch
 
-from afd_server.attention.ffn_group import SPARSE_DISPATCH_FROM, FFNGroup, GroupLayout
+from afd_server.attention.dispatch import SPARSE_DISPATCH_FROM, GroupLayout
+from afd_server.attention.ffn_group import FFNGroup
 from afd_server.errors import WorkerDiedError, WorkerError, WorkerTimeoutError
 from afd_server.ffn.worker import FFNWorker
 from afd_server.models.ffn_call import FFNCall

@@ -7,10 +7,17 @@ tested by the integration tests, which kill real processes.
 import asyncio
 import contextlib
 
-from ray.exceptions import OutOfMemoryError, RayActorError
+import pytest
+from prometheus_client import CollectorRegistry
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
-from afd_server.cluster.supervisor import Member, Supervisor
+from afd_server.cluster.actors import Pulse
+from afd_server.cluster.restarts import Restarts
+from afd_server.cluster.supervisor import Supervisor
+from afd_server.cluster.watch import Member
+from afd_server.config import ServeConfig
 from afd_server.errors import WorkerDiedError
+from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.base import Endpoint
 
 DEADLINE_S = 10.0
@@ -21,31 +28,62 @@ class Method:
         self.remote = function
 
 
+class Life:
+    """May be awaited several times, and a wait that is cancelled leaves it as it was: as with Ray's references."""
+
+    def __init__(self, future):
+        self._future = future
+
+    def __await__(self):
+        return asyncio.shield(self._future).__await__()
+
+
 class Actor:
-    """A process that dies when told. `failures` are raised by the next loads, one after the other."""
+    """A process that dies when told, or stands still, or hangs; `end` makes another of it.
+
+    failures: raised by the next loads, one after the other. absent: Ray has no place for the next process.
+    """
 
     def __init__(self, name, attention):
         self.name = name
         self.loads = []
         self.told = []
         self.failures = []
-        self.deaf = False
+        self.ends = []
+        self.deaf = self.stopped = self.absent = False
+        self.stalled_s = 0.0
         self._attention = attention
-        self._alive = asyncio.get_running_loop().create_future()
+        self._processes = 1
+        self._life = asyncio.get_running_loop().create_future()
 
-    def die(self):
-        if not self._alive.cancelled():  # by a watch that has ended
-            self._alive.set_exception(RayActorError())
-        self._alive = asyncio.get_running_loop().create_future()
+    def die(self, error=None):
+        life, self._life = self._life, asyncio.get_running_loop().create_future()
+        self._processes += 1
+        self.stopped, self.stalled_s = False, 0.0
+        life.set_exception(error or RayActorError())
+        life.exception()  # whether or not somebody waits
+
+    def end_worker(self, reason):
+        self._life.set_result(reason)
+
+    def end(self, restart):
+        self.ends.append(restart)
+        if self._life.done():  # its worker has ended already
+            self._life = asyncio.get_running_loop().create_future()
+        self.die()
 
     def __getattr__(self, name):
         return Method(getattr(self, f"_{name}"))
 
     def _sentinel(self):
-        return self._alive
+        return Life(self._life)
 
-    async def _ping(self):
-        pass
+    async def _heartbeat(self):
+        if self.absent:
+            raise ActorUnavailableError("it is being restarted", None)
+        if self.stopped:
+            await asyncio.Event().wait()
+        return Pulse(f"process {self._processes}", "node", self._processes, self.stalled_s)
 
     async def _load(self, *arguments):
         self.loads.append(arguments)
@@ -54,10 +92,11 @@ class Actor:
         endpoint = Endpoint(self.name, "node", None, "127.0.0.1", len(self.loads))
         return (endpoint, None, []) if self._attention else (endpoint, None)
 
-    async def _use_ffn(self, version, endpoints):
+    async def _use_ffn(self, version, endpoints, given_up):
         if self.deaf:
             await asyncio.Event().wait()
         self.told.append(ports(endpoints))
+        self.told_given_up = given_up
 
 
 def ports(endpoints):
@@ -67,13 +106,19 @@ def ports(endpoints):
 class Cluster:
     """2 attention and 2 FFN members, loaded once (port 0), and a router that notes the clients it is given."""
 
-    def __init__(self):
+    def __init__(self, **settings):
+        self.config = ServeConfig(**{"ffn_workers": 2, "attention_workers": 2, **settings})
         self.ffn = [self.member("ffn", index) for index in range(2)]
         self.attention = [self.member("attention", index) for index in range(2)]
         self.replaced = []
+        self.given_up = {}
         self.lost_names = []
         self.connect_failures = []
-        self.supervisor = Supervisor(self._connect)
+        self.missing = ""
+        self.lost_replicas = []
+        self.registry = CollectorRegistry()
+        self.metrics = WorkerMetrics(self.registry, "m", self.lost_replicas.append)
+        self.supervisor = Supervisor(self.config, self)
         for member in (*self.ffn, *self.attention):
             self.supervisor.add(member)
 
@@ -81,31 +126,60 @@ class Cluster:
         name = f"{role}-{index}"
         actor = Actor(name, role == "attention")
         endpoint = Endpoint(name, "node", None, "127.0.0.1", 0)
-        return Member(role, index, name, actor, actor.sentinel.remote(), endpoint)
+        restarts = Restarts(self.config.max_restarts)
+        return Member(role, index, name, actor, actor.sentinel.remote(), restarts, endpoint)
 
-    async def _connect(self, member):
+    def metric(self, name, **labels):
+        return self.registry.get_sample_value(name, {"model_name": "m", **labels})
+
+    # --- Processes
+
+    async def connect_to(self, member):
         if self.connect_failures:
             raise self.connect_failures.pop(0)
         return f"client of {member.name}"
 
+    def end(self, member, *, restart):
+        member.actor.end(restart)
+
+    def why_unplaced(self, member):
+        return self.missing
+
+    # --- Router
+
     def replace(self, name, client):
         self.replaced.append((name, client))
         self.lost_names = [other for other in self.lost_names if other != name]
+
+    def give_up(self, name, reason):
+        self.given_up[name] = reason
 
     def lost(self):
         return self.lost_names
 
 
 @contextlib.asynccontextmanager
-async def supervised():
-    cluster = Cluster()
-    task = asyncio.create_task(cluster.supervisor.run(cluster))
+async def supervised(**settings):
+    cluster = Cluster(**settings)
+    task = asyncio.create_task(cluster.supervisor.run(cluster, cluster.metrics))
     await asyncio.sleep(0)
     yield cluster
     assert not task.done(), task
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    for name, seconds in {
+        "restarts.FIRST_PAUSE_S": 0.001,
+        "watch.HEARTBEAT_EVERY_S": 0.01,
+        "watch.LOOK_EVERY_S": 0.005,
+        "supervisor.NEW_PROCESS_POLL_S": 0.005,
+        "supervisor.EXPLAIN_AFTER_S": 0.02,
+    }.items():
+        monkeypatch.setattr(f"afd_server.cluster.{name}", seconds)
 
 
 async def until(condition):
@@ -224,3 +298,137 @@ async def test_a_worker_that_loads_hears_of_what_changed_meanwhile():
         go.set()
         assert await joining == "client of attention-2"
         assert (ports(new.actor.loads[0][1]), new.actor.told) == ([0, 0], [[0, 1]])
+
+
+@pytest.mark.parametrize("role", ["ffn", "attention"])
+async def test_a_process_that_stands_still_is_ended_and_brought_back(role):
+    async with supervised(heartbeat_timeout=0.05) as cluster:
+        member = getattr(cluster, role)[0]
+        await until(lambda: member.pulse is not None)
+        member.actor.stopped = True
+        await until(lambda: member.actor.ends == [True])
+        await until(lambda: len(member.actor.loads) == 1 and cluster.supervisor.health() == [])
+        assert cluster.metric("afd:worker_restarts_total", worker=member.name, reason="frozen") == 1
+
+
+async def test_a_thread_that_hangs_is_noticed_although_its_process_answers():
+    async with supervised(ffn_timeout=60.0) as cluster:
+        cluster.attention[0].actor.stalled_s = 119.0  # it may wait for an FFN worker for 60 s, and work as long
+        cluster.ffn[1].actor.stalled_s = 29.0  # one batch
+        await until(lambda: cluster.ffn[1].pulse is not None and cluster.attention[0].pulse is not None)
+        cluster.ffn[0].actor.stalled_s = 31.0
+        await until(lambda: cluster.ffn[0].actor.ends == [True])
+        await until(lambda: cluster.supervisor.health() == [])
+        assert cluster.metric("afd:worker_restarts_total", worker="ffn-0", reason="hung") == 1
+        assert cluster.ffn[1].actor.ends == cluster.attention[0].actor.ends == []
+
+
+async def test_a_worker_whose_thread_has_ended_says_why_and_gets_a_new_process():
+    async with supervised() as cluster:
+        await until(lambda: cluster.ffn[0].pulse is not None)
+        cluster.ffn[0].actor.end_worker("RuntimeError: boom")
+        await until(lambda: "RuntimeError: boom" in " ".join(cluster.supervisor.health()))
+        await until(lambda: cluster.ffn[0].actor.ends == [True])
+        await until(lambda: cluster.supervisor.health() == [])
+
+
+async def test_the_old_process_is_not_taken_for_the_new_one():
+    async with supervised(heartbeat_timeout=0.05) as cluster:
+        member = cluster.ffn[0]
+        await until(lambda: member.pulse is not None)
+        end, ended = member.actor.end, asyncio.Event()
+
+        def slow_end(restart):
+            ended.set()
+            member.actor.stopped = False  # it goes on for a moment, and answers
+
+        member.actor.end = slow_end
+        member.actor.stopped = True
+        await ended.wait()
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+        assert member.actor.loads == []
+        end(True)
+        await until(lambda: len(member.actor.loads) == 1)
+
+
+async def test_ffn_worker_without_restarts_left_is_given_up_and_everybody_hears_why():
+    async with supervised(max_restarts=2) as cluster:
+        cluster.ffn[0].actor.failures = [OutOfMemoryError("the node is full")] * 3
+        cluster.ffn[0].actor.die()
+        await until(lambda: cluster.ffn[0].actor.ends == [False])
+        await until(lambda: all(0 in getattr(m.actor, "told_given_up", {}) for m in cluster.attention))
+        assert len(cluster.ffn[0].actor.loads) == 2
+        (sentence,) = cluster.supervisor.health()
+        for word in ("ffn-0", "given up after 2 restarts", "the node is full"):
+            assert word in sentence
+        assert "the node is full" in cluster.supervisor.refusal()
+        assert not cluster.supervisor.is_serving()
+        # An attention worker that comes now cannot connect, waits, and costs nothing.
+        cluster.attention[0].actor.die()
+        await until(lambda: any("waits for ffn-0" in line for line in cluster.supervisor.health()))
+        assert cluster.attention[0].actor.loads == []
+
+
+async def test_with_another_replica_of_the_shard_requests_are_served_on():
+    async with supervised(max_restarts=0, ffn_replicas=2) as cluster:
+        cluster.ffn[0].actor.die()
+        await until(lambda: cluster.ffn[0].given_up)
+        assert cluster.supervisor.is_serving()
+        assert cluster.supervisor.refusal() == ""
+        assert "ffn-0" in cluster.supervisor.health()[0]
+        cluster.ffn[1].actor.die()
+        await until(lambda: cluster.ffn[1].given_up)
+        assert not cluster.supervisor.is_serving()
+        assert "ffn-1" in cluster.supervisor.refusal()
+
+
+async def test_attention_workers_are_given_up_one_by_one():
+    async with supervised(max_restarts=0) as cluster:
+        cluster.attention[1].actor.die()
+        await until(lambda: list(cluster.given_up) == ["attention-1"])
+        assert cluster.supervisor.is_serving()
+        assert cluster.supervisor.refusal() == ""
+        cluster.attention[0].actor.die()
+        await until(lambda: list(cluster.given_up) == ["attention-1", "attention-0"])
+        assert "attention-0" in cluster.supervisor.refusal()
+
+
+async def test_a_load_that_hangs_is_ended_and_tried_again():
+    async with supervised(start_timeout=0.05) as cluster:
+        member = cluster.ffn[0]
+        load, member.actor._load = member.actor._load, lambda: asyncio.Event().wait()
+        member.actor.die()
+        await until(lambda: member.actor.ends == [True])
+        assert "--start-timeout" in cluster.supervisor.health()[0]
+        member.actor._load = load
+        await until(lambda: cluster.supervisor.health() == [])
+
+
+async def test_a_worker_without_a_place_is_said_with_what_is_missing_and_costs_no_restart():
+    async with supervised(max_restarts=1) as cluster:
+        cluster.missing = "too little ffn"
+        cluster.ffn[1].actor.absent = True
+        cluster.ffn[1].actor.die()
+        await until(lambda: any("too little ffn" in line for line in cluster.supervisor.health()))
+        assert cluster.metric("afd:workers_unplaced", worker="ffn-1", missing="too little ffn") == 1
+        assert cluster.metric("afd:worker_up", worker="ffn-1", role="ffn") == 0
+        cluster.missing = ""
+        cluster.ffn[1].actor.absent = False
+        await until(lambda: cluster.supervisor.health() == [])
+        assert cluster.metric("afd:workers_unplaced", worker="ffn-1", missing="too little ffn") is None
+        assert cluster.metric("afd:worker_up", worker="ffn-1", role="ffn") == 1
+        assert cluster.metric("afd:worker_restarts_total", worker="ffn-1", reason="died") == 1
+        assert cluster.metric("afd:worker_recovery_seconds_count", role="ffn") == 1
+
+
+async def test_an_attention_worker_that_could_not_connect_for_want_of_ffn_workers_loses_no_restart():
+    async with supervised(max_restarts=1, ffn_workers=2) as cluster:
+        cluster.ffn[0].actor.absent = True
+        cluster.ffn[0].actor.die()
+        await until(lambda: not cluster.supervisor.is_serving())
+        cluster.attention[0].actor.failures = [RayActorError("ffn-0 is out of reach")] * 3
+        cluster.attention[0].actor.die()
+        await until(lambda: cluster.replaced)
+        assert len(cluster.attention[0].actor.loads) == 4
+        assert cluster.given_up == {}

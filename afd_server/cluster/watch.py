@@ -1,0 +1,148 @@
+"""One worker under watch: when it serves no more, whether it died, stands still or hangs, and when a new process is there.
+
+What lives here: the signs of trouble. What does not: what is done about it (supervisor.py, the only caller).
+
+Death shows by itself: the call `life` ends with the process. A process that is stopped, or whose thread hangs, does not;
+it is asked every second. It has to answer within --heartbeat-timeout, and its own thread has to get on with its work. One
+batch of an FFN worker may take half of --ffn-timeout, past which nobody could make use of its answer; an attention worker
+may wait for one answer for --ffn-timeout and is given as much again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from ray.exceptions import RayError, RayTaskError
+
+from afd_server.cluster.actors import Pulse
+from afd_server.cluster.restarts import Restarts
+from afd_server.cluster.workers import WorkerInfo
+from afd_server.config import ServeConfig
+from afd_server.transport.base import Endpoint
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_EVERY_S = 1.0
+# Between two looks whether an answer is there. An answer is late by a number of looks, not by the clock: time in which
+# this process itself stood still is nobody else's fault.
+LOOK_EVERY_S = 0.25
+# Shares of --ffn-timeout that a worker's thread may be at one piece of work.
+FFN_STALL_SHARE = 0.5
+ATTENTION_STALL_SHARE = 2.0
+
+Role = Literal["attention", "ffn"]
+# frozen: the process does not answer. hung: it does, and its thread is stuck. failed: its thread ended, or a load failed.
+Kind = Literal["died", "frozen", "hung", "failed"]
+
+
+class Trouble(NamedTuple):
+    """Why a worker serves no more."""
+
+    kind: Kind
+    reason: str
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One actor of the cluster.
+
+    index: among those of its role. life: a call that ends only with the actor's process or its worker, taken before that
+    worker is loaded. endpoint and info: of the last load, None before the first. pulse: of the last heartbeat, and so of
+    the present process; ended: names a process that is being killed. down_since (monotonic seconds) and reason while it is not serving;
+    unplaced: what it lacks to be placed; given_up: nobody brings it back.
+    """
+
+    role: Role
+    index: int
+    name: str
+    actor: Any
+    life: Any
+    restarts: Restarts
+    endpoint: Endpoint | None = None
+    info: WorkerInfo | None = None
+    pulse: Pulse | None = None
+    ended: str = ""
+    down_since: float | None = None
+    reason: str = ""
+    unplaced: str = ""
+    given_up: bool = False
+
+    def serves_at(self, endpoint: Endpoint, info: WorkerInfo) -> None:
+        """It has been loaded."""
+        self.endpoint, self.info = endpoint, info
+
+    def problem(self, now: float) -> str:
+        """What is wrong with it, since when and why, in a sentence; empty while it serves."""
+        if self.down_since is None:
+            return ""
+        what = "cannot be placed: " + self.unplaced if self.unplaced else self.reason
+        given_up = f" and is given up after {self.restarts.count} restarts" if self.given_up else ""
+        return f"{self.name} has been down for {now - self.down_since:.1f} s{given_up}: {what}"
+
+
+async def trouble(member: Member, config: ServeConfig) -> Trouble:
+    """Returns as soon as the member serves no more."""
+    signs = [
+        asyncio.create_task(_last_words(member)),
+        asyncio.create_task(_missed_heartbeat(member, config)),
+    ]
+    try:
+        await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
+        return next(sign.result() for sign in signs if sign.done())
+    finally:
+        for sign in signs:
+            sign.cancel()
+        await asyncio.gather(*signs, return_exceptions=True)
+
+
+async def next_pulse(member: Member, waited_s: float) -> Pulse | None:
+    """The answer to one heartbeat; None when there is none after waited_s. Raises RayError when nobody is there to ask."""
+    answer = asyncio.create_task(_ask(member))
+    try:
+        for _ in range(max(1, round(waited_s / LOOK_EVERY_S))):
+            if (await asyncio.wait({answer}, timeout=LOOK_EVERY_S))[0]:
+                return answer.result()
+        return None
+    finally:
+        answer.cancel()
+
+
+async def _ask(member: Member) -> Pulse:
+    pulse: Pulse = await member.actor.heartbeat.remote()
+    return pulse
+
+
+async def _last_words(member: Member) -> Trouble:
+    try:
+        reason = await member.life
+    except RayError as error:
+        return Trouble("died", f"died: {first_line(error)}")
+    if not reason:  # another front-end has taken over the watch
+        await asyncio.Event().wait()
+    return Trouble("failed", reason)
+
+
+async def _missed_heartbeat(member: Member, config: ServeConfig) -> Trouble:
+    stalled_s = config.ffn_timeout * (FFN_STALL_SHARE if member.role == "ffn" else ATTENTION_STALL_SHARE)
+    while True:
+        try:
+            pulse = await next_pulse(member, config.heartbeat_timeout)
+        except RayError as error:  # its last words follow; if not, the network had a moment
+            logger.info("a heartbeat of %s failed: %s", member.name, first_line(error))
+        else:
+            if pulse is None:
+                return Trouble("frozen", f"has not answered for {config.heartbeat_timeout:g} s")
+            member.pulse = pulse
+            if pulse.stalled_s >= stalled_s:
+                return Trouble("hung", f"its thread has been at one piece of work for {pulse.stalled_s:.1f} s")
+        await asyncio.sleep(HEARTBEAT_EVERY_S)
+
+
+def first_line(error: BaseException) -> str:
+    """What is said of an error in a sentence. Ray's are pages long; the cause of a failed task says more than they do."""
+    if isinstance(error, RayTaskError):
+        error = error.cause
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
