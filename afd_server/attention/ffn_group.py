@@ -254,7 +254,9 @@ class FFNGroup:
         """
         deadline = time.monotonic() + self._timeout_s
         for shard in range(self._num_shards):
-            while (choices := self._choices[shard]) and len(failures := self._dial(choices, deadline)) == len(choices):
+            while (choices := self._choices[shard]) and len(failures := self._dial(choices, deadline)) == len(
+                choices
+            ):
                 if time.monotonic() + REDIAL_EVERY_S >= deadline:
                     raise failures[0]
                 time.sleep(REDIAL_EVERY_S)

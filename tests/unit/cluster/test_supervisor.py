@@ -323,12 +323,12 @@ async def test_a_thread_that_hangs_is_noticed_although_its_process_answers():
         assert cluster.ffn[1].actor.ends == cluster.attention[0].actor.ends == []
 
 
-async def test_a_worker_whose_thread_has_ended_says_why_and_gets_a_new_process():
+async def test_a_worker_whose_thread_has_ended_says_why_and_gets_a_new_process(caplog):
     async with supervised() as cluster:
         await until(lambda: cluster.ffn[0].pulse is not None)
         cluster.ffn[0].actor.end_worker("RuntimeError: boom")
-        await until(lambda: "RuntimeError: boom" in " ".join(cluster.supervisor.health()))
         await until(lambda: cluster.ffn[0].actor.ends == [True])
+        assert "ffn-0 RuntimeError: boom" in caplog.messages
         await until(lambda: cluster.supervisor.health() == [])
 
 
