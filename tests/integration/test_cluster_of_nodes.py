@@ -99,7 +99,7 @@ def test_a_cluster_without_the_resource_is_said_in_one_line(cluster, tmp_path):
     directory = write_checkpoint("llama", tmp_path / "llama")
     write_tokenizer(directory)
     result = afd("serve", directory, "--port", 0, "--ray-address", cluster,
-                 "--attention-resource", "big-memory", "--start-timeout", 5)  # fmt: skip
+                 "--attention-resource", "big-memory", "--placement-timeout", 5)  # fmt: skip
     assert result.returncode == 2
     assert "big-memory" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr

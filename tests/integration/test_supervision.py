@@ -1,0 +1,121 @@
+"""A worker that stands still is noticed, ended and brought back; one that cannot be kept alive is given up, and said so.
+
+One server for all of it, with real processes that are stopped and killed. The tests follow one another.
+"""
+
+import json
+import os
+import signal
+import time
+
+import httpx
+import psutil
+import pytest
+
+from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.server_process import Server
+
+pytestmark = pytest.mark.integration
+
+DEADLINE_S = 90.0
+MAX_RESTARTS = 2
+ASK = {"model": "tiny", "prompt": list(range(3, 30)), "temperature": 0.8, "seed": 5, "max_tokens": 400}
+ASK |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    directory = write_checkpoint(
+        "mixtral", tmp_path_factory.mktemp("models") / "mixtral", max_position_embeddings=512
+    )
+    write_tokenizer(directory)
+    flags = ["--max-model-len", 512, "--device", "cpu", "--served-model-name", "tiny"]
+    with Server(directory, *flags, "--heartbeat-timeout", 2, "--max-restarts", MAX_RESTARTS) as server:
+        yield server
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.05)
+
+
+def stream(server, on_token=lambda number: None):
+    """The token ids of a stream, and the error that ended it, if one did."""
+    token_ids = []
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=ASK, timeout=DEADLINE_S) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            event = line.removeprefix("data: ")
+            if not event or event == "[DONE]":
+                continue
+            message = json.loads(event)
+            if "error" in message:
+                return token_ids, message["error"]
+            token_ids += message["choices"][0]["token_ids"] or []
+            on_token(len(token_ids))
+    return token_ids, None
+
+
+def health(server):
+    return httpx.get(f"{server.url}/health", timeout=30)
+
+
+def test_nothing_listens_on_the_addresses_of_this_host(server):
+    front_end = psutil.Process(server.process.pid)
+    listening = {
+        connection.laddr.ip
+        for process in (front_end, *front_end.children(recursive=True))
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("role", ["FFN", "Attention"])
+def test_a_worker_that_stands_still_is_replaced_and_the_text_is_the_same(server, role):
+    undisturbed, error = stream(server)
+    assert (len(undisturbed), error) == (ASK["max_tokens"], None)
+    (pid,) = server.pids(role)
+
+    def stop_once(number):
+        if number >= 20 and psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGSTOP)
+
+    assert stream(server, stop_once) == (undisturbed, None)
+    worker = f"{role.lower()}-0"
+    assert server.metric("afd:worker_restarts_total", worker=worker, reason="frozen") == 1
+    wait_until(lambda: health(server).status_code == 200)
+    assert pid not in server.pids(role)
+    assert server.metric("afd:worker_up", worker=worker) == 1
+    assert server.metric("afd:worker_recovery_seconds_count", role=role.lower()) == 1
+
+
+def test_a_worker_without_restarts_left_is_given_up_and_requests_end_at_once(server):
+    def is_given_up():
+        return "given up" in str(health(server).json())
+
+    def kill(number):
+        for pid in server.pids("FFN"):
+            if not is_given_up():
+                os.kill(pid, signal.SIGKILL)
+
+    error = None
+    for _ in range(MAX_RESTARTS + 2):
+        tokens, error = stream(server, lambda number: kill(number) if number == 10 else None)
+        if error:
+            break
+    assert error, "it was killed more often than it may be restarted"
+    wait_until(is_given_up)
+    for word in ("ffn-0", "given up", f"after {MAX_RESTARTS} restarts"):
+        assert word in error["message"]
+    answer = health(server)
+    assert answer.status_code == 503
+    assert "ffn-0" in answer.json()["problems"][0]
+    refused = httpx.post(f"{server.url}/v1/completions", json=ASK, timeout=30)
+    assert refused.status_code == 503
+    assert "ffn-0" in refused.json()["error"]["message"]
+    assert server.metric("afd:worker_up", worker="ffn-0") == 0
+    assert server.stop() == 0
+    assert "Traceback" not in server.log()
