@@ -103,7 +103,7 @@ def test_a_worker_without_restarts_left_is_given_up_and_requests_end_at_once(ser
 
     error = None
     for _ in range(MAX_RESTARTS + 2):
-        tokens, error = stream(server, lambda number: kill(number) if number == 10 else None)
+        _, error = stream(server, lambda number: kill(number) if number == 10 else None)
         if error:
             break
     assert error, "it was killed more often than it may be restarted"
