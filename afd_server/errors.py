@@ -97,3 +97,14 @@ class ProtocolError(WorkerError):
 
 class UnavailableError(ServingError):
     """The server can take no request now: starting, draining, or without a live attention replica."""
+
+
+class OverloadedError(ServingError):
+    """The promises to those who run leave no room for this request: HTTP 429. The message says what was predicted.
+
+    reason: a word for the metrics. retry_after_s: when the client may have better luck.
+    """
+
+    def __init__(self, message: str, *, reason: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.reason, self.retry_after_s = reason, retry_after_s

@@ -32,6 +32,7 @@ from afd_server.errors import UnavailableError
 from afd_server.models.checkpoint import check_checkpoint
 from afd_server.models.families import read_model_spec
 from afd_server.models.spec import ModelSpec
+from afd_server.router.admission import Admission
 from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.router import Router
 from afd_server.telemetry.logs import configure_logging
@@ -103,7 +104,9 @@ def run_server(config: ServeConfig) -> int:
     listening = bind_port(config.host, config.port)
     workers = _workers(config)
     service = Service(workers)
-    metrics = Metrics(settings.model_name)
+    metrics = Metrics(
+        settings.model_name, tpot_sla_s=_seconds(config.tpot_sla_ms), ttft_sla_s=_seconds(config.ttft_sla_ms)
+    )
     app = create_app(settings, service, tokenizer, metrics)
     try:
         front_end = serve(app, config.host, config.port, config.shutdown_timeout, sockets=[listening])
@@ -154,6 +157,7 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         version=__version__,
         created=int(time.time()),
         seed=config.seed,
+        priorities=config.tpot_sla_ms is not None,
         default_sampling=read_generation_defaults(config.model),
     )
 
@@ -174,10 +178,25 @@ async def _run_workers(
         started = await asyncio.to_thread(service.workers.start, cancelled)
     finally:
         cancelled.set()  # the thread outlives this task by a moment only
-    async with Router(await service.workers.connect(), metrics.observe_step, metrics.observe_lost) as router:
+    admission = _admission(config, metrics)
+    async with Router(
+        await service.workers.connect(), metrics.observe_step, metrics.observe_lost, admission=admission
+    ) as router:
         service.open(router)
         print(_ready_lines(config, spec, started, url, time.monotonic() - began), flush=True)
         await service.workers.supervise(router, metrics.workers)
+
+
+def _admission(config: ServeConfig, metrics: Metrics) -> Admission | None:
+    """What requests pass where there is a promise to keep."""
+    tpot_sla_s = _seconds(config.tpot_sla_ms)
+    if tpot_sla_s is None:
+        return None
+    return Admission(tpot_sla_s, _seconds(config.ttft_sla_ms), config.max_queue_len, metrics)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
 
 
 def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: str, seconds: float) -> str:

@@ -62,8 +62,8 @@ class Admission:
         self._tokenizer = tokenizer
         self._seeds = random.Random(settings.seed)
 
-    async def admit_completion(self, body: CompletionRequest) -> Job:
-        """Raises RequestError."""
+    async def admit_completion(self, body: CompletionRequest, tenant: str = "") -> Job:
+        """tenant: who asks, see GenerationRequest. Raises RequestError."""
         self._check_model(body.model)
         if body.best_of is not None and body.best_of != body.n:
             raise RequestError("best_of is not served beyond n", "best_of")
@@ -77,10 +77,10 @@ class Admission:
             Prompt(tuple(prompt)) if isinstance(prompt, list) else Prompt(tuple(next(encoded)), prompt)
             for prompt in body.prompt
         ]
-        return self._job("cmpl", body, prompts, "prompt", body.logprobs, COMPLETION_MAX_TOKENS)
+        return self._job("cmpl", body, tenant, prompts, "prompt", body.logprobs, COMPLETION_MAX_TOKENS)
 
-    async def admit_chat(self, body: ChatCompletionRequest) -> Job:
-        """Raises RequestError, also for a model without a chat template."""
+    async def admit_chat(self, body: ChatCompletionRequest, tenant: str = "") -> Job:
+        """tenant: who asks, see GenerationRequest. Raises RequestError, also for a model without a chat template."""
         self._check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
@@ -106,7 +106,7 @@ class Admission:
         (token_ids,) = await self._encode([text], body.add_special_tokens, "messages")
         prompt = Prompt(tuple(token_ids), text)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._job("chatcmpl", body, [prompt], "messages", num_logprobs, None)
+        return self._job("chatcmpl", body, tenant, [prompt], "messages", num_logprobs, None)
 
     def _check_model(self, name: str | None) -> None:
         served = self._settings.model_name
@@ -127,6 +127,7 @@ class Admission:
         self,
         kind: str,
         body: GenerationFields,
+        tenant: str,
         prompts: Sequence[Prompt],
         prompt_field: str,
         num_logprobs: int | None,
@@ -135,6 +136,8 @@ class Admission:
         """One choice for each of the prompts and 0..n-1."""
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream to be true", "stream_options")
+        if body.priority and not self._settings.priorities:
+            raise RequestError("priority: requests do not queue here, see --tpot-sla-ms", "priority")
         response_id = f"{kind}-{body.request_id or secrets.token_hex(16)}"
         prompts = [self._fitted(prompt, body, prompt_field) for prompt in prompts]
         choices = []
@@ -146,7 +149,9 @@ class Admission:
                 # The suffix keeps ids apart that a client uses twice.
                 name = f"{response_id}-{index}-{secrets.token_hex(4)}"
                 sampling = self._sampling(body, limit, number, num_logprobs)
-                request = GenerationRequest(name, prompt.token_ids, sampling)
+                request = GenerationRequest(
+                    name, prompt.token_ids, sampling, priority=body.priority, tenant=tenant
+                )
                 choices.append(Choice(index, prompt_index, prompt, request))
         return Job(response_id, int(time.time()), tuple(prompts), tuple(choices))
 

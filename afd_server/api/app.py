@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from afd_server.api.admission import Admission, Job
 from afd_server.api.errors import RETRY_AFTER_S, add_error_handlers, error_body
-from afd_server.api.gate import Gate
+from afd_server.api.gate import Gate, tenant_of
 from afd_server.api.generation import interleave, run_choice
 from afd_server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from afd_server.api.responses import Answer, ChatAnswer, CompletionAnswer, Usage
@@ -61,12 +61,12 @@ def _add_generation_routes(
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        job = await admission.admit_completion(body)
+        job = await admission.admit_completion(body, tenant_of(request.scope))
         return await respond(request, body, job, CompletionAnswer(body, job, settings.model_name, tokenizer))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-        job = await admission.admit_chat(body)
+        job = await admission.admit_chat(body, tenant_of(request.scope))
         return await respond(request, body, job, ChatAnswer(body, job, settings.model_name, tokenizer))
 
 

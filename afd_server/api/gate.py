@@ -5,13 +5,23 @@ Plain ASGI, so that nothing of a refused request is read or parsed, and streams 
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import secrets
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afd_server.api.errors import error_body
+
+TENANT = "afd.tenant"
+
+
+def tenant_of(scope: Scope) -> str:
+    """The identity of the API key that a request came with, "" where none is asked for. It does not tell the key."""
+    tenant: str = scope.get(TENANT, "")
+    return tenant
 
 
 class Gate:
@@ -22,6 +32,8 @@ class Gate:
         self._app = app
         self._expected = None if api_key is None else api_key.encode()
         self._max_body_bytes = max_body_bytes
+        # A key of this process: who sees an identity, in a log or a memory dump, cannot try keys on it.
+        self._identity_key = secrets.token_bytes(32)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,6 +44,8 @@ class Gate:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
+        if self._expected is not None:
+            scope[TENANT] = hashlib.blake2b(self._expected, key=self._identity_key, digest_size=8).hexdigest()
         num_bytes = 0
 
         async def bounded() -> Message:

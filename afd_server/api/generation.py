@@ -16,8 +16,8 @@ from afd_server.api.admission import Choice
 from afd_server.api.errors import GenerationFailedError
 from afd_server.api.protocol import GenerationFields
 from afd_server.api.settings import Service
-from afd_server.errors import UnavailableError
-from afd_server.telemetry.metrics import Metrics
+from afd_server.errors import OverloadedError, UnavailableError
+from afd_server.telemetry.metrics import REFUSED, Metrics
 from afd_server.text.detokenizer import Detokenizer, StopStrings
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.types import FinishReason, RequestOutput, TokenLogprobs
@@ -119,7 +119,13 @@ class Clock:
 
     def finish(self, reason: str) -> None:
         now = time.monotonic()
-        self._metrics.observe_finish(reason, now - self._started, self._last - self._first, self._num_tokens)
+        self._metrics.observe_finish(
+            reason,
+            now - self._started,
+            self._last - self._first,
+            self._num_tokens,
+            ttft_s=self._first - self._started,
+        )
 
 
 async def run_choice(
@@ -146,6 +152,9 @@ async def run_choice(
             raise GenerationFailedError("the request ended without a reason")
         reason = piece.finish_reason
         yield piece
+    except OverloadedError:
+        reason = REFUSED
+        raise
     except Exception:
         reason = FinishReason.ERROR.value
         raise

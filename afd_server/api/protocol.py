@@ -26,7 +26,8 @@ MAX_CHOICES = 128  # of one prompt
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters: each new token is compared with as many
-MAX_TOP_K = 2**31 - 1
+INT32 = 2**31
+MAX_TOP_K = INT32 - 1
 INT64 = 2**63
 
 
@@ -159,6 +160,7 @@ class GenerationFields(Body):
     truncate_prompt_tokens: Annotated[StrictInt, Field(ge=-1)] | None = None
     return_token_ids: StrictBool = False
     return_tokens_as_token_ids: StrictBool = False
+    priority: Annotated[StrictInt, Field(ge=-INT32, lt=INT32)] = 0
     request_id: Annotated[StrictStr, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
 
     # Words about the client, not about the output.
@@ -169,7 +171,6 @@ class GenerationFields(Body):
     service_tier: Annotated[Any, _refuse_except("auto", "default")] = None
 
     response_format: Annotated[Any, _refuse_except({"type": "text"})] = None
-    priority: NotServed = 0
     length_penalty: Annotated[Any, _refuse_except(1)] = 1.0
     use_beam_search: NotServed = False
     prompt_logprobs: Annotated[Any, AfterValidator(_refuse_prompt_logprobs)] = None

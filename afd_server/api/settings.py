@@ -16,6 +16,7 @@ class ApiSettings:
 
     max_model_len: prompt and output of a request, tokens. vocab_size: rows of the model's embedding, the bound of ids.
     created: when the server started, seconds since 1970. seed: from which seeds of requests without one are drawn.
+    priorities: whether requests queue, so that one may go before another.
     default_sampling: request field -> value, for what a request leaves open (text.generation_defaults).
     """
 
@@ -27,6 +28,7 @@ class ApiSettings:
     version: str = ""
     created: int = 0
     seed: int = 0
+    priorities: bool = False
     default_sampling: Mapping[str, float] = field(default_factory=dict)
     max_body_bytes: int = 16 * 2**20
 

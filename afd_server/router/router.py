@@ -17,11 +17,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 from afd_server.errors import UnavailableError, WorkerError
+from afd_server.router.admission import Admission, ReplicaLoad
 from afd_server.router.affinity import PrefixMemory
 from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.stream import Stream
@@ -46,6 +47,14 @@ class Replica:
     down_since: float | None = None
     reason: str = ""
     given_up: bool = False
+    stats: ReplicaStats = field(default_factory=ReplicaStats)
+
+    @property
+    def load(self) -> ReplicaLoad:
+        """For admission."""
+        reading = [stream for stream in self.streams.values() if not stream.has_output]
+        tokens = sum(len(stream.request.prompt_token_ids) for stream in reading)
+        return ReplicaLoad(self.client.worker, len(self.streams), len(reading), tokens, self.stats.forecast)
 
     @property
     def load_tokens(self) -> int:
@@ -60,6 +69,7 @@ class Router:
 
     on_stats: called with a replica's name and statistics after each of its updates. on_lost: with the name of a replica
     that was lost and the number of requests that it had.
+    admission: what a request passes before it is placed; None: nothing.
     failover_timeout_s: how long a request may be without a live replica before it ends in UnavailableError.
     """
 
@@ -69,11 +79,13 @@ class Router:
         on_stats: Callable[[str, ReplicaStats], None] | None = None,
         on_lost: Callable[[str, int], None] | None = None,
         *,
+        admission: Admission | None = None,
         failover_timeout_s: float = FAILOVER_TIMEOUT_S,
     ) -> None:
         self._replicas = {client.worker: Replica(client) for client in clients}
         self._on_stats = on_stats
         self._on_lost = on_lost
+        self._admission = admission
         self._failover_timeout_s = failover_timeout_s
         self._prefixes = PrefixMemory()
         # Every request under way, and among them those that no replica has.
@@ -96,7 +108,7 @@ class Router:
             replica.client.close()
         for stream in self._streams.values():
             stream.keep_on()
-            stream.fail(self._closed)
+            stream.fail(UnavailableError(self._closed))
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -105,14 +117,18 @@ class Router:
         reader comes as one output.
 
         Closing the generator before that aborts the request at its replica, at once. Raises UnavailableError when for
-        failover_timeout_s no replica has been there to take it, and when the router closes.
+        failover_timeout_s no replica has been there to take it, and when the router closes; OverloadedError when it is not
+        admitted.
         """
         if self._closed:
             raise UnavailableError(self._closed)
         assert request.request_id not in self._streams, "request ids are unique"
         stream = self._streams[request.request_id] = Stream(request)
         try:
-            self._place_or_wait(stream)
+            if self._admission is None:
+                self._place_or_wait(stream)
+            else:
+                self._admission.enter(stream, self)
             while True:
                 output = await stream.next()
                 yield output
@@ -120,6 +136,16 @@ class Router:
                     return
         finally:
             self._leave(stream)
+
+    # --- for admission ---------------------------------------------------------------------------------------------
+
+    def loads(self) -> list[ReplicaLoad]:
+        """Of every replica that takes requests."""
+        return [replica.load for replica in self._replicas.values() if replica.down_since is None]
+
+    def place(self, stream: Stream, among: Collection[str]) -> bool:
+        """Submits the request to the best of these replicas; False when none of them lives."""
+        return self._place(stream, among)
 
     # --- replicas --------------------------------------------------------------------------------------------------
 
@@ -134,6 +160,7 @@ class Router:
         self._start_reading(self._replicas[name])
         for stream in list(self._orphans):
             self._place(stream)
+        self._advance()
 
     def give_up(self, name: str, reason: str) -> None:
         """Replica `name` will not come back. When there is no other, requests that wait for one end with this reason."""
@@ -184,7 +211,13 @@ class Router:
             reason = f"internal error: {type(error).__name__}: {error}"
         self._lose(replica, reason)
 
+    def _advance(self) -> None:
+        """A replica's load has changed: those who wait for admission may have their turn."""
+        if self._admission is not None and not self._closed:
+            self._admission.advance(self)
+
     def _pass_on(self, replica: Replica, update: ReplicaUpdate) -> None:
+        replica.stats = update.stats
         for output in update.outputs:
             stream = replica.streams.get(output.request_id)
             if stream is None:
@@ -192,15 +225,18 @@ class Router:
             stream.put(output)
             if output.finish_reason is not None:
                 del replica.streams[output.request_id]
+                if self._admission is not None:
+                    self._admission.note_end(stream.num_output_tokens)
+        self._advance()
         if self._on_stats is not None:
             try:
                 self._on_stats(replica.client.worker, update.stats)
             except Exception:  # a statistic is not worth a token
                 logger.exception("statistics of %s cannot be passed on", replica.client.worker)
 
-    def _place(self, stream: Stream) -> bool:
-        """Submits a request, or what is left of it, to the best live replica; False when there is none."""
-        while (replica := self._best_replica(stream.request.prompt_token_ids)) is not None:
+    def _place(self, stream: Stream, among: Collection[str] | None = None) -> bool:
+        """Submits a request, or what is left of it, to the best live replica (of some); False when there is none."""
+        while (replica := self._best_replica(stream.request.prompt_token_ids, among)) is not None:
             try:
                 replica.client.submit(stream.resumed())
             except WorkerError as error:
@@ -227,10 +263,16 @@ class Router:
             f"no attention worker took over within {self._failover_timeout_s:g} s: {deaths}",
         )
 
-    def _best_replica(self, prompt_token_ids: Sequence[int]) -> Replica | None:
+    def _best_replica(
+        self, prompt_token_ids: Sequence[int], among: Collection[str] | None = None
+    ) -> Replica | None:
         known_tokens = self._prefixes.known_tokens(prompt_token_ids)
         return min(
-            (replica for replica in self._replicas.values() if replica.down_since is None),
+            (
+                replica
+                for name, replica in self._replicas.items()
+                if replica.down_since is None and (among is None or name in among)
+            ),
             key=lambda replica: replica.load_tokens - known_tokens.get(replica.client.worker, 0),
             default=None,
         )
@@ -252,8 +294,11 @@ class Router:
         """Nobody reads this stream any more. If it has not ended, its replica is told."""
         stream.keep_on()
         self._orphans.pop(stream, None)
+        if self._admission is not None:
+            self._admission.leave(stream)
         del self._streams[stream.request_id]
         for replica in self._replicas.values():
             if replica.streams.get(stream.request_id) is stream:
                 del replica.streams[stream.request_id]
                 replica.client.abort(stream.request_id)
+        self._advance()

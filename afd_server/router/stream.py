@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import chain
 
-from afd_server.errors import UnavailableError
+from afd_server.errors import ServingError, UnavailableError
 from afd_server.types import FinishReason, GenerationRequest, RequestOutput
 
 # Ends without a token of their own. What came before them reaches the client first.
@@ -30,7 +30,7 @@ class Stream:
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self._token_ids: list[int] = []
-        self._waiting: deque[RequestOutput | UnavailableError] = deque()
+        self._waiting: deque[RequestOutput | ServingError] = deque()
         self._news = asyncio.Event()
         self._give_up: asyncio.TimerHandle | None = None
 
@@ -42,6 +42,11 @@ class Stream:
     def has_output(self) -> bool:
         return bool(self._token_ids)
 
+    @property
+    def num_output_tokens(self) -> int:
+        """All that replicas gave, those before a failover included."""
+        return len(self._token_ids)
+
     def put(self, output: RequestOutput) -> None:
         """Takes in what a replica gave."""
         if self.has_output and output.cached_tokens:  # the first output of the replica, not of the request
@@ -49,22 +54,22 @@ class Stream:
         self._token_ids += output.token_ids
         self._wake(output)
 
-    def fail(self, reason: str) -> None:
+    def fail(self, error: ServingError) -> None:
         """Nobody will produce the rest."""
-        self._wake(UnavailableError(reason))
+        self._wake(error)
 
     async def next(self) -> RequestOutput:
-        """All that has come since the last call, at least one output. Raises UnavailableError after `fail`."""
+        """All that has come since the last call, at least one output. Raises the error after `fail`."""
         while not self._waiting:
             self._news.clear()
             await self._news.wait()
         first = self._waiting.popleft()
-        if isinstance(first, UnavailableError):
+        if isinstance(first, ServingError):
             raise first
         outputs = [first]
         while self._waiting:
             following = self._waiting[0]
-            if isinstance(following, UnavailableError) or following.finish_reason in FAILURES:
+            if isinstance(following, ServingError) or following.finish_reason in FAILURES:
                 break
             self._waiting.popleft()
             outputs.append(following)
@@ -78,7 +83,9 @@ class Stream:
     def give_up_after(self, timeout_s: float, reason: str) -> None:
         """Fails unless `keep_on` comes first. A deadline that runs already stays."""
         if self._give_up is None:
-            self._give_up = asyncio.get_running_loop().call_later(timeout_s, self.fail, reason)
+            self._give_up = asyncio.get_running_loop().call_later(
+                timeout_s, self.fail, UnavailableError(reason)
+            )
 
     def keep_on(self) -> None:
         """A replica has taken it on, or nobody waits for it any more."""
@@ -86,7 +93,7 @@ class Stream:
             self._give_up.cancel()
             self._give_up = None
 
-    def _wake(self, news: RequestOutput | UnavailableError) -> None:
+    def _wake(self, news: RequestOutput | ServingError) -> None:
         self._waiting.append(news)
         self._news.set()
 

@@ -65,6 +65,10 @@ SHARE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MICRO_BATCH_BUCKETS = (1, 2, 3, 4)
 
+# How a request ends that was not admitted, and why.
+REFUSED = "refused"
+REFUSALS = ("ttft_predicted", "ttft_deadline", "queue_full")
+
 # Totals that a replica reports -> the counter that they feed.
 TOTALS = {
     "num_preemptions": ("num_preemptions", "Requests that gave up their KV blocks and were computed again."),
@@ -74,13 +78,22 @@ TOTALS = {
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own. Methods are called on the event loop's thread."""
+    """All metrics of one server, in a registry of their own. Methods are called on the event loop's thread.
 
-    def __init__(self, model_name: str) -> None:
+    tpot_sla_s, ttft_sla_s: the promises whose keeping is counted; None where there is none.
+    """
+
+    def __init__(
+        self, model_name: str, *, tpot_sla_s: float | None = None, ttft_sla_s: float | None = None
+    ) -> None:
         self._registry = CollectorRegistry()
         self._model_name = model_name
+        self._sla_s = {
+            name: seconds for name, seconds in (("ttft", ttft_sla_s), ("tpot", tpot_sla_s)) if seconds
+        }
         self._last_stats: dict[str, ReplicaStats] = {}
         self._create_request_metrics()
+        self._create_promise_metrics()
         self._create_replica_metrics()
         self.workers = WorkerMetrics(self._registry, model_name, self._replica_down)
 
@@ -103,14 +116,42 @@ class Metrics:
         """A replica was lost with so many requests under way, which go on elsewhere."""
         self._resubmitted.labels(model_name=self._model_name, engine=replica).inc(num_requests)
 
-    def observe_finish(self, reason: str, total_s: float, decode_s: float, num_tokens: int) -> None:
-        """A request ended. reason: stop, length, abort or error. decode_s: from its first to its last token."""
+    def observe_finish(
+        self, reason: str, total_s: float, decode_s: float, num_tokens: int, ttft_s: float = 0.0
+    ) -> None:
+        """A request ended. reason: stop, length, abort, error or refused. decode_s: from its first to its last token."""
         self._request_success.labels(model_name=self._model_name, finished_reason=reason).inc()
-        if reason in ("abort", "error"):
+        if reason in ("abort", "error", REFUSED):
             return  # their times tell of the client or of the failure, not of the server's pace
         self._e2e_request_latency.observe(total_s)
         if num_tokens > 1:
             self._time_per_output_token.observe(decode_s / (num_tokens - 1))
+        self._observe_promises({"ttft": ttft_s, "tpot": decode_s / max(1, num_tokens - 1)}, num_tokens)
+
+    def _observe_promises(self, taken_s: dict[str, float], num_tokens: int) -> None:
+        kept = {name: taken_s[name] <= promised_s for name, promised_s in self._sla_s.items()}
+        for name, is_kept in kept.items():
+            self._promises.labels(self._model_name, name, "met" if is_kept else "missed").inc()
+        if kept and all(kept.values()):
+            self._goodput_requests.inc()
+            self._goodput_tokens.inc(num_tokens)
+
+    # --- admission -------------------------------------------------------------------------------------------------
+
+    def observe_refusal(self, reason: str) -> None:
+        """A request was refused: ttft_predicted, ttft_deadline or queue_full."""
+        self._refused.labels(self._model_name, reason).inc()
+
+    def observe_queued(self) -> None:
+        """A request could not start at once."""
+        self._queued.inc()
+
+    def observe_queue_time(self, seconds: float) -> None:
+        """A request was handed to a replica, so long after it came."""
+        self._queue_time.observe(seconds)
+
+    def set_queue_length(self, length: int) -> None:
+        self._queue_length.set(length)
 
     # --- steps, as the replicas report them ------------------------------------------------------------------------
 
@@ -138,6 +179,11 @@ class Metrics:
 
     def _observe_timing(self, timing: StepTiming, labels: dict[str, str]) -> None:
         self._step_time.labels(**labels).observe(timing.total_s)
+        if timing.predicted_s and timing.period_s:
+            self._step_period.labels(**labels).observe(timing.period_s)
+            self._step_predicted.labels(**labels).observe(timing.predicted_s)
+            error = abs(timing.predicted_s - timing.period_s) / timing.period_s
+            self._step_error.labels(**labels).observe(error)
         self._micro_batches.labels(**labels).observe(timing.num_micro_batches)
         self._resent.labels(**labels).inc(timing.num_resent)
         if timing.total_s > 0:
@@ -158,7 +204,7 @@ class Metrics:
             "afd:request_success", "Requests that ended, by reason.", ["model_name", "finished_reason"],
             registry=self._registry,
         )  # fmt: skip
-        for reason in ("stop", "length", "abort", "error"):
+        for reason in ("stop", "length", "abort", "error", REFUSED):
             self._request_success.labels(model_name=self._model_name, finished_reason=reason)
         self._time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", TTFT_BUCKETS_S
@@ -175,6 +221,33 @@ class Metrics:
             "e2e_request_latency_seconds", "From a request's arrival to its last token.", REQUEST_BUCKETS_S
         )
 
+    def _create_promise_metrics(self) -> None:
+        self._promises = Counter(
+            "afd:sla_requests", "Requests that ended within or beyond a promise (ttft, tpot).",
+            ["model_name", "sla", "outcome"], registry=self._registry,
+        )  # fmt: skip
+        for name in self._sla_s:
+            for outcome in ("met", "missed"):
+                self._promises.labels(self._model_name, name, outcome)
+        self._goodput_requests = self._counter("goodput_requests", "Requests that met every promise.")
+        self._goodput_tokens = self._counter("goodput_tokens", "Tokens of requests that met every promise.")
+        self._refused = Counter(
+            "afd:requests_refused", "Requests refused by admission, by reason.", ["model_name", "reason"],
+            registry=self._registry,
+        )  # fmt: skip
+        for reason in REFUSALS:
+            self._refused.labels(self._model_name, reason)
+        self._queued = self._counter("requests_queued", "Requests that had to wait for admission.")
+        self._queue_length = Gauge(
+            "afd:num_requests_queued", "Requests that wait for admission.", ["model_name"],
+            registry=self._registry,
+        ).labels(self._model_name)  # fmt: skip
+        self._queue_time = self._histogram(
+            "request_queue_time_seconds",
+            "From a request's arrival to its admission to a replica.",
+            TTFT_BUCKETS_S,
+        )
+
     def _create_replica_metrics(self) -> None:
         self._running = self._gauge("num_requests_running", "Requests in the running batch.")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting for a place in the batch.")
@@ -188,6 +261,15 @@ class Metrics:
             "FFN calls sent again because their worker was lost or failed, of steps that succeeded.",
         )
         self._step_time = self._replica_histogram("step_seconds", "One step of a replica.", TOKEN_BUCKETS_S)
+        self._step_period = self._replica_histogram(
+            "step_period_seconds", "From the end of one step to the end of the next.", TOKEN_BUCKETS_S
+        )
+        self._step_predicted = self._replica_histogram(
+            "step_predicted_seconds", "What the step-time model expected of the same.", TOKEN_BUCKETS_S
+        )
+        self._step_error = self._replica_histogram(
+            "step_prediction_error", "|predicted - actual| / actual of a step's period.", SHARE_BUCKETS
+        )
         self._attention_hop = self._replica_histogram(
             "attention_hop_seconds", "Attention computing per layer hop, mean of a step.", HOP_BUCKETS_S
         )

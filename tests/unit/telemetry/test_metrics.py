@@ -81,3 +81,54 @@ def test_servers_of_one_process_do_not_share_metrics():
     first, second = Metrics("m"), Metrics("m")
     first.observe_prompt(5)
     assert value(second, "prompt_tokens_total") == 0
+
+
+def test_promises_kept_and_broken():
+    metrics = Metrics("m", tpot_sla_s=0.1, ttft_sla_s=1.0)
+    for ttft_s, tpot_s in ((0.5, 0.05), (1.5, 0.05), (0.5, 0.2)):
+        metrics.observe_finish("stop", total_s=3, decode_s=10 * tpot_s, num_tokens=11, ttft_s=ttft_s)
+    metrics.observe_finish("length", total_s=1, decode_s=0, num_tokens=1, ttft_s=0.5)
+    metrics.observe_finish("error", total_s=1, decode_s=0, num_tokens=1, ttft_s=0.5)
+    counted = {
+        (sla, outcome): value(metrics, "sla_requests_total", sla=sla, outcome=outcome)
+        for sla in ("ttft", "tpot")
+        for outcome in ("met", "missed")
+    }
+    assert counted == {
+        ("ttft", "met"): 3,
+        ("ttft", "missed"): 1,
+        ("tpot", "met"): 3,
+        ("tpot", "missed"): 1,
+    }
+    assert (value(metrics, "goodput_requests_total"), value(metrics, "goodput_tokens_total")) == (2, 12)
+
+
+def test_without_a_promise_none_is_counted():
+    metrics = Metrics("m")
+    metrics.observe_finish("stop", total_s=3, decode_s=1, num_tokens=11, ttft_s=1)
+    assert value(metrics, "sla_requests_total") is None
+    assert value(metrics, "goodput_requests_total") == 0
+
+
+def test_predicted_against_actual_steps():
+    metrics = Metrics("m")
+    timing = StepTiming(0.9, period_s=1.0, predicted_s=1.25)
+    metrics.observe_step("a", ReplicaStats(timing=timing))
+    metrics.observe_step("a", ReplicaStats(timing=replace(timing, predicted_s=0.0)))  # nothing was predicted
+    sums = {"step_period_seconds": 1.0, "step_predicted_seconds": 1.25, "step_prediction_error": 0.25}
+    for name, expected in sums.items():
+        assert value(metrics, f"{name}_count", engine="a") == 1
+        assert value(metrics, f"{name}_sum", engine="a") == expected
+
+
+def test_what_admission_did():
+    metrics = Metrics("m")
+    metrics.observe_queued()
+    metrics.set_queue_length(3)
+    metrics.observe_queue_time(0.5)
+    metrics.observe_refusal("queue_full")
+    assert value(metrics, "requests_queued_total") == 1
+    assert value(metrics, "num_requests_queued") == 3
+    assert value(metrics, "request_queue_time_seconds_sum") == 0.5
+    assert value(metrics, "requests_refused_total", reason="queue_full") == 1
+    assert value(metrics, "requests_refused_total", reason="ttft_deadline") == 0
