@@ -125,7 +125,7 @@ class Router:
         assert request.request_id not in self._streams, "request ids are unique"
         stream = self._streams[request.request_id] = Stream(request)
         try:
-            if self._admission is None:
+            if self._admission is None or self._is_given_up():
                 self._place_or_wait(stream)
             else:
                 self._admission.enter(stream, self)
@@ -168,9 +168,9 @@ class Router:
         self._lose(replica, reason)
         replica.given_up, replica.reason = True, reason
         if self._is_given_up():
-            for stream in self._orphans:
+            for stream in self._streams.values():  # no replica lives, so none of them runs
                 stream.keep_on()
-                stream.fail(reason)
+                stream.fail(UnavailableError(reason))
 
     def _is_given_up(self) -> bool:
         return all(replica.given_up for replica in self._replicas.values())
@@ -254,7 +254,8 @@ class Router:
         if self._place(stream):
             return
         if self._is_given_up():
-            stream.fail("; ".join(replica.reason for replica in self._replicas.values()))
+            reasons = "; ".join(replica.reason for replica in self._replicas.values())
+            stream.fail(UnavailableError(reasons))
             return
         self._orphans[stream] = None
         deaths = "; ".join(f"{name} died ({replica.reason})" for name, replica in self._replicas.items())
