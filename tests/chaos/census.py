@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +51,23 @@ class Family:
         with contextlib.suppress(psutil.NoSuchProcess):
             self._seen.update(self._root.children(recursive=True))
 
+    def zombies(self) -> list[str]:
+        """Those that have ended and that nobody has taken note of."""
+        return [str(process) for process in self._seen if _is_zombie(process)]
+
     def survivors(self, timeout_s: float) -> list[str]:
         """Those that still live after `timeout_s` at the latest."""
         _, alive = psutil.wait_procs(list(self._seen), timeout=timeout_s)
         return [
             f"{process.pid} {' '.join(process.cmdline())[:100]}" for process in alive if process.is_running()
         ]
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def abandoned_shared_memory(since: float) -> list[str]:
@@ -91,7 +101,3 @@ def _modified_at(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-def now() -> float:
-    return time.time()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from tests.server_process import Server
 # For a restart on a machine that is busy with something else.
 RECOVERY_TIMEOUT_S = 180.0
 POLL_S = 0.02
+# All of these are 0 when nothing is under way.
+IDLE_METRICS = ("afd:num_requests_running", "afd:num_requests_waiting", "afd:kv_cache_usage_perc")
 ACTORS = {Role.ATTENTION: "Attention", Role.FFN: "FFN"}
 
 
@@ -44,13 +47,19 @@ class Machine:
     """A server whose workers are to be harmed."""
 
     def __init__(self, server: Server, layout: Layout, http: httpx.AsyncClient) -> None:
-        self._server = server
+        self.server = server
         self._layout = layout
         self._http = http
 
     def pids(self, role: Role) -> list[int]:
         """The processes of a role's workers, oldest first."""
-        return sorted(self._server.pids(ACTORS[role]), key=_created_at)
+        return sorted(self.server.pids(ACTORS[role]), key=_created_at)
+
+    async def work_left(self) -> str:
+        """What the server's metrics say is still under way or held; empty when it is idle."""
+        text = (await self._http.get("/metrics")).text
+        left = {name: value for name in IDLE_METRICS if (value := _total(text, name))}
+        return ", ".join(f"{name} {value:g}" for name, value in left.items())
 
     async def harm(self, fault: Fault) -> Done:
         """Does a fault and waits until the server is whole again. Raises NotRecoveredError."""
@@ -116,6 +125,12 @@ class Machine:
     def _victim(self, blow: Blow) -> int | None:
         pids = self.pids(blow.role)
         return pids[blow.place % len(pids)] if pids else None
+
+
+def _total(exposition: str, name: str) -> float:
+    samples = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", exposition, re.M)
+    assert samples, f"there is no metric {name}"
+    return sum(map(float, samples))
 
 
 async def _stop_for(pid: int, seconds: float) -> None:
