@@ -3,6 +3,7 @@
 #   make serve       the default model, 1 attention and 1 FFN worker, on http://127.0.0.1:8000
 #   make serve-moe   the same model as a mixture of 8 experts, 1 attention and 2 FFN workers
 #   make test        lint, types and tests
+#   make chaos       workers killed and stopped under load for MINUTES=30, and a table of what came of it
 #   ARGS="--port 9000 --micro-batches 2" make serve      any flag of `afd serve`
 
 PYTHON ?= python3
@@ -10,8 +11,9 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 AFD := $(VENV)/bin/afd
 ARGS ?=
+MINUTES ?= 30
 
-.PHONY: setup serve serve-moe test lint format clean
+.PHONY: setup serve serve-moe test lint chaos format clean
 
 setup: $(VENV)/.ready
 
@@ -43,6 +45,9 @@ lint: $(VENV)/.ready-dev
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+chaos: $(VENV)/.ready-dev
+	$(VENV)/bin/python -m tests.chaos.run --minutes $(MINUTES) $(ARGS)
 
 format: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check --fix .

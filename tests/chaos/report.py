@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tests.chaos.clients import Told
 from tests.chaos.faults import Done
+from tests.chaos.schedule import Kind
 
 
 @dataclass(slots=True)
@@ -32,7 +33,7 @@ class Report:
         for done in self.faults:
             by_kind[done.fault.kind].append(done)
         rows = [("fault", "times", "kills", "detected max", "recovered p50", "p99", "max")]
-        rows += [_row(kind, by_kind[kind]) for kind in sorted(by_kind)]
+        rows += [_row(kind, by_kind[kind]) for kind in Kind if kind in by_kind]
         rows.append(_row("all", self.faults))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
 
@@ -44,8 +42,6 @@ SETTLE_TIMEOUT_S = 60.0
 # Ray opens and closes connections of its own; a leak would grow with every fault.
 SLACK_DESCRIPTORS = 6
 
-Element = TypeVar("Element")
-
 
 def write_model(directory: Path) -> Path:
     """A small mixture of experts with a tokenizer."""
@@ -53,15 +49,13 @@ def write_model(directory: Path) -> Path:
     return directory
 
 
-def run(
-    model: Path, layout_name: str, seed: int, faults: Callable[[Iterator[Fault]], Iterable[Fault]]
-) -> Report:
-    """Starts a server, does faults to it, stops it. faults: takes as many as are wanted from an endless schedule."""
+def run(model: Path, layout_name: str, seed: int, faults: Iterable[Fault]) -> Report:
+    """Starts a server, does the faults to it, stops it. seed: of the requests."""
     layout, flags = LAYOUTS[layout_name]
     began = time.time()
     with Server(model, *FLAGS, *flags) as server:
         family = Family(server.process.pid)
-        report = asyncio.run(_disturb(server, layout, seed, faults(schedule(seed, layout)), family))
+        report = asyncio.run(_disturb(server, layout, seed, faults, family))
         code = server.stop()
         if code != 0:
             report.wrong.append(f"the server ended with exit code {code}")
@@ -160,10 +154,11 @@ def _keep(log: str, layout_name: str, seed: int) -> Path:
     return path
 
 
-def until_over(minutes: float, faults: Iterator[Element]) -> Iterator[Element]:
-    """As many as begin before the time is over."""
+def until_over(minutes: float, faults: Iterator[Fault]) -> Iterator[Fault]:
+    """As many as begin before the time is over, which begins with the first one."""
     end = time.monotonic() + 60 * minutes
-    return itertools.takewhile(lambda _: time.monotonic() < end, faults)
+    while time.monotonic() < end:
+        yield next(faults)
 
 
 def main() -> int:
@@ -181,7 +176,8 @@ def main() -> int:
         model = write_model(Path(directory) / "model")
         for name in layouts:
             print(f"{name}, seed {seed}", flush=True)
-            part = run(model, name, seed, lambda faults: until_over(arguments.minutes / len(layouts), faults))
+            faults = schedule(seed, LAYOUTS[name][0])
+            part = run(model, name, seed, until_over(arguments.minutes / len(layouts), faults))
             print(part.table(), flush=True)
             report.add(part)
     if len(layouts) > 1:

@@ -1,0 +1,37 @@
+"""The schedule of faults: the same from the same seed, every kind in every round, and only workers that exist."""
+
+from itertools import islice
+
+import pytest
+
+from tests.chaos.schedule import Kind, Layout, Role, schedule
+
+LAYOUT = Layout(attention=2, ffn=3)
+ROUNDS = 20
+
+
+@pytest.fixture
+def faults():
+    return list(islice(schedule(1, LAYOUT), ROUNDS * len(Kind)))
+
+
+def test_a_seed_is_a_schedule(faults):
+    assert list(islice(schedule(1, LAYOUT), len(faults))) == faults
+    assert list(islice(schedule(2, LAYOUT), len(faults))) != faults
+
+
+def test_every_round_has_every_kind(faults):
+    rounds = [faults[start : start + len(Kind)] for start in range(0, len(faults), len(Kind))]
+    assert all({fault.kind for fault in one} == set(Kind) for one in rounds)
+    assert len({tuple(fault.kind for fault in one) for one in rounds}) > 1
+
+
+def test_every_worker_is_hit_and_none_that_does_not_exist(faults):
+    hit = {(blow.role, blow.place) for fault in faults for blow in fault.blows}
+    assert hit == {(role, place) for role in Role for place in range(LAYOUT.workers(role))}
+
+
+def test_what_kills_is_told_from_what_stops(faults):
+    for fault in faults:
+        assert fault.kills == fault.kind.startswith("kill")
+        assert all((blow.stopped_s is None) == fault.kills for blow in fault.blows)
