@@ -7,14 +7,7 @@ import pytest
 
 from afd_server.errors import UnavailableError
 from afd_server.router.router import REQUEST_TOKENS, Router
-from afd_server.types import (
-    FinishReason,
-    GenerationRequest,
-    ReplicaStats,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprobs,
-)
+from afd_server.types import FinishReason, GenerationRequest, RequestOutput, SamplingParams, TokenLogprobs
 from tests.unit.router.memory_client import MemoryClient
 
 
@@ -294,18 +287,6 @@ async def test_closing_the_router_ends_what_is_under_way(clients):
     assert clients[0].closed
     with pytest.raises(UnavailableError, match="shutting down"):
         await reader.task
-
-
-async def test_a_lost_replica_has_no_work_left_in_the_statistics(clients):
-    seen = {}
-    async with Router(clients[:1], lambda name, stats: seen.update({name: stats})) as router:
-        Reader(router, make_request("a"))
-        await until(lambda: clients[0].submitted)
-        clients[0].give("a", 5)
-        await until(lambda: seen["attention-0"].num_running if seen else 0)
-        clients[0].die()
-        await until(router.health)
-        assert seen == {"attention-0": ReplicaStats()}
 
 
 async def test_statistics_are_passed_on_and_cost_no_token_when_they_fail(clients):
