@@ -30,7 +30,8 @@ CLIENTS = 16
 # A stream of this model runs for about two seconds: most faults hit every client in the middle of one.
 MAX_TOKENS = 400
 FLAGS = ("--served-model-name", MODEL_NAME, "--device", "cpu", "--max-model-len", 1024,
-         "--kv-cache-memory-bytes", 8 << 20, "--ffn-timeout", LOST_AFTER_S)  # fmt: skip
+         "--kv-cache-memory-bytes", 8 << 20, "--ffn-timeout", LOST_AFTER_S,
+         "--heartbeat-timeout", 5, "--max-restarts", 1000)  # fmt: skip
 
 LAYOUTS = {
     "2A1F": (Layout(2, 1), ("--attention-workers", 2)),

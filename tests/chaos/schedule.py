@@ -6,6 +6,7 @@ from that. So a slow machine runs the same faults in the same order, only later.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ class Kind(StrEnum):
     KILL_BOTH = "kill one of each at once"
     KILL_AGAIN = "kill a worker, then kill while it restarts"
     KILL_ALL = "kill every worker"
+    FREEZE_FFN = "freeze an FFN worker"
+    FREEZE_ATTENTION = "freeze an attention worker"
+    FREEZE_AGAIN = "kill a worker, then freeze while it restarts"
     STOP_FFN = "stop an FFN worker for a moment"
     STOP_ATTENTION = "stop an attention worker for a moment"
     STOP_BOTH = "stop one of each for a moment"
@@ -34,14 +38,19 @@ class Kind(StrEnum):
 class Blow:
     """One thing done to one worker, the one at `place` (modulo their number) among those of its role.
 
-    stopped_s: None kills it (SIGKILL); a number stops it for so long (SIGSTOP, then SIGCONT).
-    delay_s: after the blow before it.
+    stopped_s: 0 kills it (SIGKILL); another number stops it for so long (SIGSTOP, then SIGCONT); infinity leaves it
+    stopped, for the server to notice. delay_s: after the blow before it.
     """
 
     role: Role
     place: int
-    stopped_s: float | None = None
+    stopped_s: float = 0.0
     delay_s: float = 0.0
+
+    @property
+    def ends_it(self) -> bool:
+        """Whether the process has to be replaced."""
+        return self.stopped_s in (0.0, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +62,8 @@ class Fault:
     blows: tuple[Blow, ...]
 
     @property
-    def kills(self) -> bool:
-        """Whether a process has to be replaced."""
-        return any(blow.stopped_s is None for blow in self.blows)
+    def ends_workers(self) -> bool:
+        return any(blow.ends_it for blow in self.blows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,7 @@ def schedule(seed: int, layout: Layout, kinds: Sequence[Kind] = tuple(Kind)) -> 
 
 
 def _blows(kind: Kind, layout: Layout, dice: random.Random) -> tuple[Blow, ...]:
-    def one(role: Role, stopped_s: float | None = None, delay_s: float = 0.0) -> Blow:
+    def one(role: Role, stopped_s: float = 0.0, delay_s: float = 0.0) -> Blow:
         return Blow(role, dice.randrange(layout.workers(role)), stopped_s, delay_s)
 
     def moment_s() -> float:
@@ -105,6 +113,13 @@ def _blows(kind: Kind, layout: Layout, dice: random.Random) -> tuple[Blow, ...]:
             )
         case Kind.KILL_ALL:
             return tuple(Blow(role, place) for role in Role for place in range(layout.workers(role)))
+        case Kind.FREEZE_FFN:
+            return (one(Role.FFN, math.inf),)
+        case Kind.FREEZE_ATTENTION:
+            return (one(Role.ATTENTION, math.inf),)
+        case Kind.FREEZE_AGAIN:
+            role = dice.choice(tuple(Role))
+            return (one(role), one(role, math.inf, dice.uniform(0, AGAIN_WITHIN_S)))
         case Kind.STOP_FFN:
             return (one(Role.FFN, moment_s()),)
         case Kind.STOP_ATTENTION:

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.integration
 SEED = 4
 # What each layout is good for: another attention worker that takes over, and another replica of the FFN shard.
 SHORT = {
-    "2A1F": (Kind.KILL_ATTENTION, Kind.KILL_ALL, Kind.STOP_BOTH),
-    "1A2F": (Kind.KILL_FFN, Kind.KILL_BOTH, Kind.KILL_AGAIN, Kind.STOP_BOTH),
+    "2A1F": (Kind.KILL_ATTENTION, Kind.FREEZE_ATTENTION, Kind.KILL_ALL, Kind.STOP_BOTH),
+    "1A2F": (Kind.KILL_FFN, Kind.FREEZE_FFN, Kind.KILL_BOTH, Kind.KILL_AGAIN),
 }
 
 
@@ -30,6 +30,6 @@ def test_nothing_is_lost(model, layout):
     print(report.table())
     assert report.wrong == []
     assert {done.fault.kind for done in report.faults} == set(kinds)
-    assert all(done.killed for done in report.faults if done.fault.kills)
+    assert all(done.killed for done in report.faults if done.fault.ends_workers)
     asked = {job.name for job in make_jobs(SEED, CLIENTS, MAX_TOKENS)}
     assert {told.job.name for told in report.requests} == asked

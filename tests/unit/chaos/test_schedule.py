@@ -31,7 +31,9 @@ def test_every_worker_is_hit_and_none_that_does_not_exist(faults):
     assert hit == {(role, place) for role in Role for place in range(LAYOUT.workers(role))}
 
 
-def test_what_kills_is_told_from_what_stops(faults):
+def test_what_ends_a_worker_is_told_from_what_stops_it(faults):
     for fault in faults:
-        assert fault.kills == fault.kind.startswith("kill")
-        assert all((blow.stopped_s is None) == fault.kills for blow in fault.blows)
+        harmless = fault.kind.endswith("for a moment")
+        assert fault.ends_workers != harmless
+        assert all(blow.ends_it != harmless for blow in fault.blows)
+        assert all(not harmless or 0 < blow.stopped_s < 1 for blow in fault.blows)
