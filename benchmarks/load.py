@@ -74,6 +74,14 @@ class Result:
     within_tpot: float
 
 
+class RefusedError(RuntimeError):
+    """The server's answer is not the one asked for. status: of HTTP."""
+
+    def __init__(self, status: int, body: str) -> None:
+        super().__init__(f"HTTP {status}: {body}")
+        self.status = status
+
+
 def percentile(values: list[float], share: float) -> float:
     """The value that `share` of the others do not exceed, without interpolation."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
@@ -92,7 +100,7 @@ async def one_request(client: httpx.AsyncClient, model: str, prompt: str, load: 
     usage: dict[str, int] = {}
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
-            raise RuntimeError(f"HTTP {response.status_code}: {(await response.aread()).decode()}")
+            raise RefusedError(response.status_code, (await response.aread()).decode())
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue

@@ -29,8 +29,9 @@ SMOOTHING = 0.1
 OUTLIER = 3.0
 # So much of what is known of the slopes is left after each further step.
 MEMORY = 0.998
-# Evidence against any slope: as if so many steps, each with the most of its quantity, had taken no longer than usual.
-DOUBT = 0.25
+# What a slope is taken for at first: at its most, its quantity makes up about this share of a step.
+PRIOR_SHARE = 0.5
+NOISE_SMOOTHING = 0.02
 # Rounds of solving for one slope after the other; each step starts where the one before ended.
 ROUNDS = 4
 
@@ -100,7 +101,7 @@ class StepTimeModel:
         if self._base:
             seconds = min(seconds, OUTLIER * self.predict_s(work))
             _, *usual, usual_s = at(self._means.points(), work.tokens)
-            self._slopes.observe(work.beyond_tokens, usual, seconds - usual_s)
+            self._slopes.observe(work.beyond_tokens, usual, seconds, max(usual_s, 1e-9))
         self._means.observe((*astuple(work), seconds))
         self._fit_base()
 
@@ -112,32 +113,44 @@ class StepTimeModel:
 
 
 class Slopes:
-    """Seconds per unit of each of several quantities, none negative: least squares over the differences from the usual."""
+    """Seconds per unit of each of several quantities, none negative: least squares over the differences from the usual.
+
+    Differences are taken in shares of the usual time, since long steps are also disturbed for longer, and the fit is a
+    ridge regression whose prior grows with the noise: that a quantity, at the most of it seen, makes up PRIOR_SHARE of a step.
+    """
 
     def __init__(self, count: int) -> None:
         self._slopes = [0.0] * count
         self._products = [[0.0] * count for _ in range(count)]  # of differences with each other
-        self._moments = [0.0] * count  # of differences with seconds
+        self._moments = [0.0] * count  # of differences with the time's
         self._squares = [0.0] * count  # of the largest quantities
+        self._noise = 1.0  # mean square of what is not explained
 
     def value(self, quantities: Sequence[float]) -> float:
         return sum(slope * quantity for slope, quantity in zip(self._slopes, quantities, strict=True))
 
-    def observe(self, quantities: Sequence[float], usual: Sequence[float], difference_s: float) -> None:
-        """A step of these quantities, where `usual` were usual for its tokens, took this many seconds more than usual."""
-        differences = [mine - theirs for mine, theirs in zip(quantities, usual, strict=True)]
-        for row, difference in enumerate(differences):
-            self._moments[row] = MEMORY * self._moments[row] + difference * difference_s
-            self._squares[row] = max(MEMORY * self._squares[row], quantities[row] ** 2, usual[row] ** 2)
+    def observe(
+        self, quantities: Sequence[float], usual: Sequence[float], seconds: float, usual_s: float
+    ) -> None:
+        """A step of these quantities took this long, where `usual` were usual for its tokens, the time too."""
+        difference = seconds / usual_s - 1
+        differences = [(mine - theirs) / usual_s for mine, theirs in zip(quantities, usual, strict=True)]
+        unexplained = difference - self.value(differences)
+        self._noise += NOISE_SMOOTHING * (unexplained**2 - self._noise)
+        for row, own in enumerate(differences):
+            self._moments[row] = MEMORY * self._moments[row] + own * difference
+            largest = max(quantities[row], usual[row]) / usual_s
+            self._squares[row] = max(MEMORY * self._squares[row], largest**2)
             for column, other in enumerate(differences):
-                self._products[row][column] = MEMORY * self._products[row][column] + difference * other
+                self._products[row][column] = MEMORY * self._products[row][column] + own * other
         for _ in range(ROUNDS):
             for row in range(len(self._slopes)):
                 self._solve(row)
 
     def _solve(self, row: int) -> None:
         """The best slope of one quantity, the others as they are."""
-        products, own = self._products[row], self._products[row][row] + DOUBT * self._squares[row]
+        products = self._products[row]
+        own = products[row] + self._noise / PRIOR_SHARE**2 * self._squares[row]
         others = sum(product * slope for product, slope in zip(products, self._slopes, strict=True))
         others -= products[row] * self._slopes[row]
         self._slopes[row] = max(0.0, (self._moments[row] - others) / own) if own > 0 else 0.0

@@ -89,7 +89,7 @@ def test_a_machine_that_becomes_slower_is_followed_and_so_is_one_that_recovers()
         for _ in range(200):
             work = some_step(generator)
             model.observe(work, slower * dense(work))
-        assert statistics.median(errors(model, lambda work: slower * dense(work))) < 0.1  # noqa: B023
+        assert statistics.median(errors(model, lambda work: slower * dense(work))) < 0.15  # noqa: B023
 
 
 def test_one_long_step_is_not_believed():
