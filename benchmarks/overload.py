@@ -5,7 +5,7 @@
 
 Two servers of this project run side by side, one with --tpot-sla-ms and --ttft-sla-ms, one without ("admission off"); load is
 put on one at a time. First the capacity: as many requests a second as the first one answers to clients that always ask
-again. Then, for each share of it, requests come at random times (Poisson) for some seconds, on the one server, then the
+again, the best of some rounds, since what else runs on the machine only takes away. Then, for each share of it, requests come at random times (Poisson) for some seconds, on the one server, then the
 same requests at the same times on the other. Prompts and outputs are of mixed lengths.
 
 A request is good when its first token came within the TTFT promise and its mean time per later token is within the TPOT
@@ -106,7 +106,7 @@ async def client_of(url: str) -> Any:
 async def capacity(url: str, clients: int, seconds: float) -> float:
     """Requests answered a second to so many clients that always have another one, after the first quarter of the time."""
     ends: list[float] = []
-    generator = random.Random("capacity")
+    generator = random.Random()
 
     async def one_client(client: httpx.AsyncClient, model: str, began: float) -> None:
         while time.perf_counter() - began < seconds:
@@ -336,9 +336,10 @@ def main() -> int:
         for url in urls.values():
             asyncio.run(warm_up(url, None, replace(Load(), output_tokens=16)))
         single_ms = single_tpot_ms(urls["on"])
-        rate = asyncio.run(capacity(urls["on"], arguments.clients, arguments.seconds))
+        rates = [asyncio.run(capacity(urls["on"], arguments.clients, arguments.seconds / 2)) for _ in range(3)]
+        rate = max(rates)
         print(
-            f"one client: TPOT {single_ms:.1f} ms; capacity {rate:.2f} requests/s\n{'  '.join(HEADS)}",
+            f"one client: TPOT {single_ms:.1f} ms; capacity {rates} requests/s\n{'  '.join(HEADS)}",
             flush=True,
         )
         asyncio.run(wait_until_idle(urls["on"]))
