@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from itertools import islice, takewhile
 from pathlib import Path
 
 import httpx
@@ -21,7 +23,7 @@ from tests.chaos.census import Family, Holdings, abandoned_shared_memory, holdin
 from tests.chaos.clients import LOST_AFTER_S, Answer, Job, Told, ask_all, difference, keep_asking, make_jobs
 from tests.chaos.faults import POLL_S, Machine, NotRecoveredError
 from tests.chaos.report import Report
-from tests.chaos.schedule import Fault, Layout, Role, schedule
+from tests.chaos.schedule import Fault, Kind, Layout, Role, schedule
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.server_process import Server
 
@@ -155,35 +157,32 @@ def _keep(log: str, layout_name: str, seed: int) -> Path:
     return path
 
 
-def until_over(minutes: float, faults: Iterator[Fault]) -> Iterator[Fault]:
-    """As many as begin before the time is over, which begins with the first one."""
+def long_run(model: Path, layouts: Sequence[str], seed: int, minutes: float) -> Report:
+    """One round of faults after the other, each on a new server: a worker's restarts are counted and slowed down."""
     end = time.monotonic() + 60 * minutes
-    while time.monotonic() < end:
-        yield next(faults)
+    report = Report()
+    for number in itertools.count():
+        name = layouts[number % len(layouts)]
+        faults = islice(schedule(seed + number, LAYOUTS[name][0]), len(Kind))
+        part = run(model, name, seed + number, takewhile(lambda _: time.monotonic() < end, faults))
+        print(f"{name}, seed {seed + number}: {part.line()}", flush=True)
+        report.add(part)
+        if time.monotonic() >= end:
+            return report
+    raise AssertionError("numbers do not end")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of all layouts together")
-    parser.add_argument(
-        "--seed", type=int, default=None, help="of the schedule and the requests; default: a new one"
-    )
-    parser.add_argument("--layout", choices=LAYOUTS, action="append", help="default: all, one after the other")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=None, help="of the first server; default: a new one")
+    parser.add_argument("--layout", choices=LAYOUTS, action="append", help="default: all, in turns")
     arguments = parser.parse_args()
     seed = random.randrange(1_000_000) if arguments.seed is None else arguments.seed
-    layouts = arguments.layout or list(LAYOUTS)
-    report = Report()
     with tempfile.TemporaryDirectory(prefix="afd-chaos-") as directory:
         model = write_model(Path(directory) / "model")
-        for name in layouts:
-            print(f"{name}, seed {seed}", flush=True)
-            faults = schedule(seed, LAYOUTS[name][0])
-            part = run(model, name, seed, until_over(arguments.minutes / len(layouts), faults))
-            print(part.table(), flush=True)
-            report.add(part)
-    if len(layouts) > 1:
-        print("all layouts")
-        print(report.table())
+        report = long_run(model, arguments.layout or list(LAYOUTS), seed, arguments.minutes)
+    print(report.table())
     print(report.line())
     return 1 if report.wrong else 0
 
