@@ -38,7 +38,7 @@ def paged_attention(
         row_starts.dtype is lengths.dtype is block_tables.dtype is torch.int32 and block_tables.is_contiguous()
     )
     out = torch.empty(rows, num_heads, value_dim)
-    layout = _layout(tuple(cache.shape), cache.stride())
+    layout = cache_layout(tuple(cache.shape), cache.stride())
     library(instruction_set).afd_paged_attention(
         query_TNK.data_ptr(), query_TNK.stride(0), num_heads, cache.shape[3] if cache.dim() == 5 else 1, key_dim,
         value_dim, cache.data_ptr(), cache.dtype is torch.bfloat16, layout, len(lengths),
@@ -49,7 +49,7 @@ def paged_attention(
 
 
 @functools.cache
-def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> ctypes.Array[ctypes.c_long]:
+def cache_layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> ctypes.Array[ctypes.c_long]:
     """CacheLayout of native/attention.h, in elements."""
     block_stride, token_stride = strides[:2]
     heads = (0, strides[3], strides[2], strides[3]) if len(shape) == 5 else (0, 0, 0, 0)

@@ -53,6 +53,10 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
         POINTER, LONG,
     ),
     "afd_route": (POINTER, LONG, LONG, LONG, LONG, LONG, FLOAT, POINTER, POINTER, POINTER),
+    "afd_attention_side": (
+        POINTER, LONG, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, LONG, POINTER, LONG, POINTER,
+        POINTER, POINTER, LONG, POINTER, LONG, POINTER, LONG,
+    ),
     "afd_rows_of_packed": (LONG, POINTER, POINTER, LONG, LONG, POINTER),
 }  # fmt: skip
 

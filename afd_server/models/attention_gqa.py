@@ -21,22 +21,22 @@ class GQAttention:
     def __init__(
         self, spec: GQASpec, weights: Mapping[str, Tensor], rms_norm_eps: float, operations: Operations
     ) -> None:
-        self._spec = spec
+        self.spec = spec
         self._eps = rms_norm_eps
         self._operations = operations
         biases = [weights[name] for name in ("q_bias", "k_bias", "v_bias") if spec.qkv_bias]
-        self._qkv = operations.linear([weights["q"], weights["k"], weights["v"]], biases)
-        self._o = operations.linear([weights["o"]], [weights["o_bias"]] if "o_bias" in weights else [])
-        self._norms = (weights["q_norm"], weights["k_norm"]) if spec.qk_norm else None
+        self.qkv = operations.linear([weights["q"], weights["k"], weights["v"]], biases)
+        self.output = operations.linear([weights["o"]], [weights["o_bias"]] if "o_bias" in weights else [])
+        self.norms = (weights["q_norm"], weights["k_norm"]) if spec.qk_norm else None
 
     def tensors(self) -> list[Tensor]:
-        return [*self._qkv.tensors(), *self._o.tensors(), *(self._norms or ())]
+        return [*self.qkv.tensors(), *self.output.tensors(), *(self.norms or ())]
 
     def forward(self, x_TH: Tensor, batch: AttentionBatch, rope: RopeTable, cache: Tensor) -> Tensor:
         """[T, H] for normed x. Writes the rows' keys and values into cache, [blocks, block_size, 2, G, D]."""
-        spec, operations = self._spec, self._operations
-        heads = self._qkv.forward(x_TH).view(len(x_TH), -1, spec.head_dim)
+        spec, operations = self.spec, self._operations
+        heads = self.qkv.forward(x_TH).view(len(x_TH), -1, spec.head_dim)
         query, key, value = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
-        query = operations.rotate_and_write(query, key, value, self._norms, self._eps, rope, cache, batch)
+        query = operations.rotate_and_write(query, key, value, self.norms, self._eps, rope, cache, batch)
         output = operations.attend(query, cache, batch, spec.head_dim**-0.5, spec.head_dim)
-        return self._o.forward(output.flatten(1))
+        return self.output.forward(output.flatten(1))

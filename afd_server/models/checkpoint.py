@@ -17,12 +17,13 @@ from torch import Tensor
 from afd_server.errors import ModelError
 from afd_server.kernels.memory import give_back_freed_memory
 from afd_server.models.attention_gqa import GQAttention
+from afd_server.models.attention_layer import Attention, AttentionLayer
 from afd_server.models.attention_mfa import FactorizedAttention
 from afd_server.models.attention_mla import LatentAttention
 from afd_server.models.families import Family, family_of
 from afd_server.models.ffn_dense import DenseFFN
 from afd_server.models.ffn_moe import MoEFFN
-from afd_server.models.halves import Attention, AttentionHalf, AttentionLayer, FFNHalf, FFNShard
+from afd_server.models.halves import AttentionHalf, FFNHalf, FFNShard
 from afd_server.models.operations import Operations, TorchOperations
 from afd_server.models.operations_cpu import CPUOperations
 from afd_server.models.operations_gpu import GPUOperations

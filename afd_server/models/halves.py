@@ -12,40 +12,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from afd_server.models.attention_layer import AttentionLayer
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.ffn_call import FFNCall
 from afd_server.models.ffn_dense import DenseFFN
 from afd_server.models.ffn_moe import MoEFFN
 from afd_server.models.operations import Embedding, Linear, Operations
-from afd_server.models.rope import Rope, RopeTable
-from afd_server.models.router import ExpertRouter
+from afd_server.models.rope import Rope
 from afd_server.models.spec import ModelSpec
 from afd_server.types import ScheduledRequest
-
-
-class Attention(Protocol):
-    """One layer's attention of any kind."""
-
-    def forward(self, x_TH: Tensor, batch: AttentionBatch, rope: RopeTable, cache: Tensor) -> Tensor:
-        """[T, H] for normed x; writes the rows' entries into the layer's cache."""
-
-    def tensors(self) -> list[Tensor]:
-        """Every weight it holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionLayer:
-    """One decoder layer without its FFN. router: None for a dense layer, and where the FFN side routes."""
-
-    attention_norm: Tensor
-    attention: Attention
-    ffn_norm: Tensor
-    router: ExpertRouter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +80,7 @@ class AttentionHalf:
         self.spec = spec
         self._embedding = embedding
         self._layers = layers
+        self._sides = [operations.attention_side(layer, spec.rms_norm_eps) for layer in layers]
         self._final_norm = final_norm
         self._lm_head = lm_head
         self._rope = rope
@@ -123,22 +103,17 @@ class AttentionHalf:
         cache: per layer [blocks, block_size, *cache_entry_shape]; the rows' entries are written into it. Returns
         float32 [N, V], a row for every request that samples, in the batch's order.
         """
-        eps, operations = self.spec.rms_norm_eps, self._operations
         x_TH = self._embedding.rows(batch.token_ids)
         rope = self._rope.table(batch.positions, x_TH.dtype)
         answer_TH: Tensor | None = None
-        for index, layer in enumerate(self._layers):
-            normed_TH = operations.add_rms_norm(x_TH, answer_TH, layer.attention_norm, eps)
-            attended_TH = layer.attention.forward(normed_TH, batch, rope, cache[index])
-            normed_TH = operations.add_rms_norm(x_TH, attended_TH, layer.ffn_norm, eps)
-            topk_ids, topk_weights = (
-                layer.router.forward(normed_TH) if layer.router is not None else (None, None)
-            )
-            answer_TH = yield FFNCall(index, normed_TH, topk_ids, topk_weights)
+        for index, side in enumerate(self._sides):
+            call = FFNCall(index, *side.forward(x_TH, answer_TH, batch, rope, cache[index]))
+            answer_TH = yield call
             answer_TH = answer_TH.to(device=x_TH.device, dtype=x_TH.dtype)
         assert answer_TH is not None
         x_NH = x_TH[batch.sampled_rows] + answer_TH[batch.sampled_rows]
-        return self._lm_head.forward(operations.rms_norm(x_NH, self._final_norm, eps)).to(torch.float32)
+        normed_NH = self._operations.rms_norm(x_NH, self._final_norm, self.spec.rms_norm_eps)
+        return self._lm_head.forward(normed_NH).to(torch.float32)
 
 
 class FFNHalf:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afd_server.models.attention_layer import AttentionLayer, AttentionSide, StepByStep
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.norm import rms_norm
 from afd_server.models.paged_attention import paged_attention, write_entries
@@ -100,6 +101,9 @@ class Operations(Protocol):
 
     def route(self, spec: MoESpec, logits_TE: Tensor, correction: Tensor | None) -> tuple[Tensor, Tensor]:
         """See ExpertRouter.forward."""
+
+    def attention_side(self, layer: AttentionLayer, eps: float) -> AttentionSide:
+        """The whole course of a layer on the attention side."""
 
 
 class TorchLinear:
@@ -221,6 +225,9 @@ class TorchOperations:
             # Sigmoid scores can all be 0 in float32; softmax's best one never is.
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         return ids_TK.to(torch.int32), weights_TK * spec.scaling
+
+    def attention_side(self, layer: AttentionLayer, eps: float) -> AttentionSide:
+        return StepByStep(layer, self, eps)
 
 
 def _choice_scores(spec: MoESpec, scores_TE: Tensor, correction: Tensor | None) -> Tensor:

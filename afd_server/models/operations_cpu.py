@@ -17,6 +17,7 @@ from torch import Tensor
 from afd_server.kernels import attention, rows
 from afd_server.kernels.experts import PackedExperts, run_experts
 from afd_server.kernels.matmul import Format, PackedMatrix, linear, packed_rows
+from afd_server.models.attention_layer import AttentionLayer, AttentionSide, StepByStep
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.operations import Embedding, Experts, GatedMLP, Linear, TorchOperations
 from afd_server.models.rope import RopeTable
@@ -27,17 +28,17 @@ FORMATS: dict[torch.dtype, Format] = {torch.float32: "float32", torch.bfloat16: 
 
 class PackedLinear:
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], format: Format) -> None:
-        self._weight = PackedMatrix.pack([torch.cat(list(weights))], format)
-        self._bias = torch.cat(list(biases)).to(torch.float32) if biases else None
+        self.weight = PackedMatrix.pack([torch.cat(list(weights))], format)
+        self.bias = torch.cat(list(biases)).to(torch.float32) if biases else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self._weight, self._bias)
+        return linear(x, self.weight, self.bias)
 
     def rows(self, ids_T: Tensor) -> Tensor:
-        return packed_rows(ids_T, self._weight)
+        return packed_rows(ids_T, self.weight)
 
     def tensors(self) -> list[Tensor]:
-        return [self._weight.memory] if self._bias is None else [self._weight.memory, self._bias]
+        return [self.weight.memory] if self.bias is None else [self.weight.memory, self.bias]
 
 
 class PackedMLP:
@@ -153,6 +154,11 @@ class CPUOperations:
             logits_TE, spec.top_k, softmax=spec.scoring == "softmax", renormalise=spec.renormalise,
             scaling=spec.scaling, correction=correction,
         )  # fmt: skip
+
+    def attention_side(self, layer: AttentionLayer, eps: float) -> AttentionSide:
+        from afd_server.models.attention_layer_cpu import kernel_layer
+
+        return kernel_layer(layer, eps) or StepByStep(layer, self, eps)
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,18 +20,16 @@ class ExpertRouter:
         self, spec: MoESpec, weight: Tensor, correction: Tensor | None, operations: Operations
     ) -> None:
         assert (correction is not None) == spec.correction_bias
-        self._spec = spec
+        self.spec = spec
         self._operations = operations
         self._input_dtype = torch.float32 if spec.float32_router else operations.activation_dtype
-        self._gate = operations.linear(
-            [weight.to(torch.float32) if spec.float32_router else weight], exact=True
-        )
-        self._correction = correction
+        self.gate = operations.linear([weight.to(torch.float32) if spec.float32_router else weight], exact=True)
+        self.correction = correction
 
     def tensors(self) -> list[Tensor]:
-        return [*self._gate.tensors(), *([] if self._correction is None else [self._correction])]
+        return [*self.gate.tensors(), *([] if self.correction is None else [self.correction])]
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids [T, K] int32 and their weights [T, K] float32, for normed x."""
-        logits_TE = self._gate.forward(x_TH.to(self._input_dtype))
-        return self._operations.route(self._spec, logits_TE, self._correction)
+        logits_TE = self.gate.forward(x_TH.to(self._input_dtype))
+        return self._operations.route(self.spec, logits_TE, self.correction)

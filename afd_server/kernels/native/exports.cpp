@@ -1,8 +1,8 @@
 // The kernels under names that ctypes finds (kernels/native_library.py declares the same signatures). Compiled once for each
 // instruction set that is used. Pointers are to contiguous memory unless a stride is given; nothing is kept after a call.
 
-#include "attention.h"
 #include "experts.h"
+#include "layer.h"
 
 using namespace afd;
 
@@ -20,20 +20,11 @@ auto with_format(long code, const Body& body) {
 
 template <class Element>
 void attend(const float* queries, long query_stride, long num_heads, long num_key_heads, long key_dim, long value_dim,
-            const void* cache, const long* layout, long num_requests, const int32_t* row_starts, const int32_t* lengths,
-            const int32_t* tables, long max_blocks, float scale, float* out, long threads) {
-    PagedAttention<Element> attention;
-    attention.queries = queries;
-    attention.query_stride = query_stride;
-    attention.num_heads = num_heads;
-    attention.num_key_heads = num_key_heads;
-    attention.key_dim = key_dim;
-    attention.value_dim = value_dim;
-    attention.cache = static_cast<const Element*>(cache);
-    attention.layout = {layout[0], layout[1], layout[2], layout[3], layout[4], layout[5], layout[6]};
-    attention.requests = {num_requests, row_starts, lengths, tables, max_blocks};
-    attention.scale = scale;
-    attention.out = out;
+            const void* cache, const long* layout, const Requests& requests, float scale, float* out, long threads) {
+    const CacheLayout entries{layout[0], layout[1], layout[2], layout[3], layout[4], layout[5], layout[6]};
+    PagedAttention<Element> attention{queries,   query_stride, num_heads, num_key_heads,
+                                      key_dim,   value_dim,    static_cast<const Element*>(cache),
+                                      entries,   requests,     scale,     out};
     attention.run_on(int(threads));
 }
 
@@ -89,13 +80,29 @@ void afd_paged_attention(const float* queries, long query_stride, long num_heads
                          const int32_t* row_starts, const int32_t* lengths, const int32_t* tables, long max_blocks,
                          float scale, float* out, long threads) {
     (bfloat16_cache ? attend<bfloat16> : attend<float>)(queries, query_stride, num_heads, num_key_heads, key_dim, value_dim,
-                                                        cache, layout, num_requests, row_starts, lengths, tables, max_blocks,
+                                                        cache, layout, {num_requests, row_starts, lengths, tables, max_blocks},
                                                         scale, out, threads);
 }
 
 void afd_route(const float* logits, long num_rows, long num_experts, long top_k, long softmax, long renormalise, float scaling,
                const float* correction, int32_t* ids, float* weights) {
     route(logits, num_rows, num_experts, top_k, softmax, renormalise, scaling, correction, ids, weights);
+}
+
+void afd_attention_side(const GroupedQueryLayer* layer, long num_rows, float* x, const float* answer, float* normed, int32_t* ids,
+                        float* weights, const float* cosines, const float* sines, long interleaved, const int64_t* slots,
+                        long num_requests, const int32_t* row_starts, const int32_t* lengths, const int32_t* tables, long max_blocks, void* cache,
+                        long bfloat16_cache, const long* layout, long threads) {
+    const LayerRows rows{num_rows, x, answer, normed, ids, weights, cosines, sines, interleaved, slots,
+                         {num_requests, row_starts, lengths, tables, max_blocks}};
+    const CacheLayout entries{layout[0], layout[1], layout[2], layout[3], layout[4], layout[5], layout[6]};
+    const auto linear = [threads](const Matrix& matrix, const float* from, long m, long k, float* to) {
+        afd_linear(matrix.format, from, k, m, k, matrix.packed, matrix.bias, matrix.n, to, matrix.n, threads);
+    };
+    if (bfloat16_cache)
+        attention_side(*layer, rows, static_cast<bfloat16*>(cache), entries, int(threads), linear);
+    else
+        attention_side(*layer, rows, static_cast<float*>(cache), entries, int(threads), linear);
 }
 
 void afd_rows_of_packed(long bfloat16_weights, const char* w, const int64_t* ids, long num_ids, long k, float* out) {
