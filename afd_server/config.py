@@ -45,6 +45,9 @@ class ServeConfig:
     host: str = option("127.0.0.1", "api", "address to listen on")
     port: int = option(8000, "api", "TCP port to listen on")
     api_key: str | None = option(None, "api", "clients must send it as a bearer token")
+    client_timeout: float = option(
+        60.0, "api", "seconds that a client may take to send a request, or let its answer lie unread"
+    )
     shutdown_timeout: float = option(30.0, "api", "seconds that running requests may take after SIGTERM")
 
     max_num_seqs: int = option(64, "engine", "requests running at once on each attention worker")
@@ -122,7 +125,7 @@ class ServeConfig:
         _check_positive(self, "max_num_seqs", "max_num_batched_tokens", "block_size", "attention_workers",
                         "ffn_workers", "ffn_replicas", "max_model_len", "kv_cache_memory_bytes",
                         "placement_timeout", "start_timeout", "heartbeat_timeout", "ffn_timeout", "tpot_sla_ms",
-                        "ttft_sla_ms")  # fmt: skip
+                        "ttft_sla_ms", "client_timeout")  # fmt: skip
         for name in ("model", "api_key", "served_model_name", "ray_address"):
             if getattr(self, name) == "":
                 raise ConfigError(flag(name), "is empty")

@@ -22,7 +22,7 @@ import uvloop
 from afd_server import __version__
 from afd_server.api.app import create_app
 from afd_server.api.server import bind_port, serve
-from afd_server.api.settings import ApiSettings
+from afd_server.api.settings import BODY_BYTES, BODY_BYTES_PER_TOKEN, ApiSettings
 from afd_server.checkpoints.default_model import afd_home, default_model, default_moe
 from afd_server.checkpoints.locate import locate_model
 from afd_server.cluster.layout import resolve
@@ -109,7 +109,14 @@ def run_server(config: ServeConfig) -> int:
     )
     app = create_app(settings, service, tokenizer, metrics)
     try:
-        front_end = serve(app, config.host, config.port, config.shutdown_timeout, sockets=[listening])
+        front_end = serve(
+            app,
+            config.host,
+            config.port,
+            config.shutdown_timeout,
+            [listening],
+            client_timeout_s=config.client_timeout,
+        )
         machine = _run_workers(config, spec, service, metrics, _url(listening))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(front_end, machine))
@@ -159,6 +166,7 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         seed=config.seed,
         priorities=config.tpot_sla_ms is not None,
         default_sampling=read_generation_defaults(config.model),
+        max_body_bytes=BODY_BYTES + BODY_BYTES_PER_TOKEN * config.max_model_len,
     )
 
 

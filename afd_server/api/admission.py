@@ -22,6 +22,8 @@ from afd_server.types import GenerationRequest, SamplingParams
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may use all that is left
 # All prompts and choices of one body: each costs memory before the scheduler sees it.
 MAX_CHOICES_IN_ALL = 2048
+# Every choice carries its prompt to the worker: many long ones would fill the channel that all requests share.
+MAX_PROMPT_TOKENS_IN_ALL = 2**20
 # From this many characters on, texts are encoded on another thread, so that the streams of others go on.
 LONG_TEXT = 20_000
 
@@ -140,6 +142,7 @@ class Admission:
             raise RequestError("priority: requests do not queue here, see --tpot-sla-ms", "priority")
         response_id = f"{kind}-{body.request_id or secrets.token_hex(16)}"
         prompts = [self._fitted(prompt, body, prompt_field) for prompt in prompts]
+        self._check_all_together(prompts, body.n, prompt_field)
         choices = []
         for prompt_index, prompt in enumerate(prompts):
             room = self._settings.max_model_len - len(prompt.token_ids)
@@ -168,15 +171,24 @@ class Admission:
             prompt = Prompt(prompt.token_ids[len(prompt.token_ids) - max(keep, 0) :])
         if not prompt.token_ids:
             raise RequestError(f"{prompt_field}: there is no token to continue", prompt_field)
-        bound = self._settings.vocab_size
-        if not all(0 <= token_id < bound for token_id in prompt.token_ids):
-            raise RequestError(f"{prompt_field}: token ids are 0 to {bound - 1}", prompt_field)
         if len(prompt.token_ids) + (max_tokens != 0) > longest:
             raise PromptTooLongError(
                 f"the prompt has {len(prompt.token_ids)} tokens; prompt and output together may have {longest}",
                 prompt_field,
             )
+        bound = self._settings.vocab_size
+        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < bound:
+            raise RequestError(f"{prompt_field}: token ids are 0 to {bound - 1}", prompt_field)
         return prompt
+
+    def _check_all_together(self, prompts: Sequence[Prompt], n: int, prompt_field: str) -> None:
+        most = max(MAX_PROMPT_TOKENS_IN_ALL, self._settings.max_model_len)
+        num_tokens = n * sum(len(prompt.token_ids) for prompt in prompts)
+        if num_tokens > most:
+            raise RequestError(
+                f"{prompt_field}: {num_tokens} tokens in all prompts of all choices; at most {most}, send several requests",
+                prompt_field,
+            )
 
     def _max_tokens(self, body: GenerationFields, default: int | None, room: int) -> int:
         """How long an output may get. room: what the prompt leaves of the context."""

@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -25,7 +26,8 @@ from pydantic import (
 MAX_CHOICES = 128  # of one prompt
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
-MAX_STOP_LENGTH = 1024  # characters: each new token is compared with as many
+MAX_STOP_LENGTH = 1024  # characters
+MAX_TOKEN_RULES = 1024  # biases, and ids that stop: each goes to the worker with every choice
 INT32 = 2**31
 MAX_TOP_K = INT32 - 1
 INT64 = 2**63
@@ -57,21 +59,18 @@ def _refuse_prompt_logprobs(value: Any) -> Any:
 
 def _prompts(value: Any) -> Any:
     """A single prompt becomes a list of one. A prompt is text or token ids."""
-    if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_id, value))):
+    if isinstance(value, str) or (value and _is_ids(value)):
         value = [value]
-    if not isinstance(value, list) or not all(map(_is_prompt, value)):
+    if not isinstance(value, list) or not all(isinstance(each, str) or _is_ids(each) for each in value):
         raise ValueError("must be a text, a list of token ids, or a list of either")
     if not value:
         raise ValueError("is empty")
     return value
 
 
-def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(map(_is_id, value)))
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_ids(value: Any) -> bool:
+    """At the speed of C: a body may hold a million of them. A bool is no id."""
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 def _strings(value: Any) -> Any:
@@ -79,6 +78,8 @@ def _strings(value: Any) -> Any:
 
 
 def _biases(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_TOKEN_RULES:
+        raise ValueError(f"more than {MAX_TOKEN_RULES} tokens")
     if isinstance(value, dict) and not all(map(_is_bias, value.values())):
         raise ValueError("its values are numbers from -100 to 100")
     return value
@@ -106,6 +107,7 @@ FIRST = Field(fail_fast=True)
 NotServed = Annotated[Any, AfterValidator(_refuse)]
 Unused = Annotated[Any, Field(description="accepted; changes nothing")]
 StopString = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+PromptJSON = str | list[int] | list[str | list[int]]
 MaxTokens = Annotated[StrictInt, Field(ge=0)]
 
 
@@ -151,7 +153,7 @@ class GenerationFields(Body):
     logit_bias: Annotated[dict[StrictStr, float], BeforeValidator(_biases)] | None = None
 
     stop: Annotated[list[StopString], FIRST, BeforeValidator(_strings), Field(max_length=MAX_STOP_STRINGS)] = []
-    stop_token_ids: Annotated[list[StrictInt], FIRST] | None = None
+    stop_token_ids: Annotated[list[StrictInt], FIRST, Field(max_length=MAX_TOKEN_RULES)] | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
     ignore_eos: StrictBool = False
     include_stop_str_in_output: StrictBool = False
@@ -197,7 +199,7 @@ class GenerationFields(Body):
 
 
 class CompletionRequest(GenerationFields):
-    prompt: Annotated[list[StrictStr | list[StrictInt]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts, PromptJSON)]
     echo: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_special_tokens: StrictBool = True

@@ -13,16 +13,19 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from afd_server.api.connection import Connection
 from afd_server.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKLOG = 2048
+CLIENT_TIMEOUT_S = 60.0
 
 
 def bind_port(host: str, port: int) -> socket.socket:
@@ -84,10 +87,12 @@ async def serve(
     port: int,
     shutdown_timeout_s: float,
     sockets: Sequence[socket.socket] | None = None,
+    *,
+    client_timeout_s: float = CLIENT_TIMEOUT_S,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish within the timeout, and returns.
 
-    sockets: from `bind_port`, instead of host and port. Must run on the main thread.
+    sockets: from `bind_port`, instead of host and port. client_timeout_s: see Connection. Must run on the main thread.
     """
     config = uvicorn.Config(
         app,
@@ -96,7 +101,7 @@ async def serve(
         # The event loop is the caller's choice: it is running already. The timeout may be a fraction, whatever the
         # annotation says.
         loop="none",
-        http="httptools",
+        http=partial(Connection, timeout_s=client_timeout_s),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

@@ -9,6 +9,10 @@ from typing import Protocol
 from afd_server.text.chat_template import ChatTemplate
 from afd_server.types import GenerationRequest, RequestOutput
 
+# Room for a body's fields, its batch of prompts or its messages, and more of it for the tokens of a longer context.
+BODY_BYTES = 4 * 2**20
+BODY_BYTES_PER_TOKEN = 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiSettings:
@@ -18,6 +22,7 @@ class ApiSettings:
     created: when the server started, seconds since 1970. seed: from which seeds of requests without one are drawn.
     priorities: whether requests queue, so that one may go before another.
     default_sampling: request field -> value, for what a request leaves open (text.generation_defaults).
+    max_body_bytes: what is read of a request. Its JSON is parsed on the event loop, 20 to 50 ms a megabyte.
     """
 
     model_name: str
@@ -30,7 +35,7 @@ class ApiSettings:
     seed: int = 0
     priorities: bool = False
     default_sampling: Mapping[str, float] = field(default_factory=dict)
-    max_body_bytes: int = 16 * 2**20
+    max_body_bytes: int = BODY_BYTES
 
 
 class Service(Protocol):

@@ -89,11 +89,12 @@ class StopStrings:
     """Looks for stop strings in a text that comes in pieces, and holds back what may become one.
 
     The string that is complete first wins, of two that end together the longer one: so the outcome depends on the text
-    alone, not on how it was cut into pieces. `found` is that string.
+    alone, not on how it was cut into pieces. `found` is that string. A character costs the same whatever the strings are,
+    which a client chooses: a search that went back for each of them would hold up every stream.
     """
 
     def __init__(self, stop: Sequence[str], *, include: bool = False) -> None:
-        self._stop = tuple(stop)
+        self._stop = [_PartOfStop(string) for string in stop]
         self._include = include
         self._held = ""
         self.found: str | None = None
@@ -101,15 +102,14 @@ class StopStrings:
     def feed(self, piece: str, *, may_stop: bool = True) -> str:
         """The text that is safe to give out. may_stop False: a string that ends within this piece does not count."""
         assert self.found is None, "the text has ended"
-        if not self._stop:
-            return piece
         text, old = self._held + piece, len(self._held)
-        ends = [(end, -len(stop), stop) for stop in self._stop if (end := self._end_of(stop, text, old)) >= 0]
-        if may_stop and ends:
-            end, _, self.found = min(ends)
-            self._held = ""
-            return text[: end if self._include else end - len(self.found)]
-        kept = max(_overlap(text, stop) for stop in self._stop)
+        for end, character in enumerate(piece, old + 1):
+            complete = [part.stop for part in self._stop if part.take(character)]
+            if complete and may_stop:
+                self.found = max(complete, key=len)
+                self._held = ""
+                return text[: end if self._include else end - len(self.found)]
+        kept = max((part.length for part in self._stop), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
@@ -118,16 +118,33 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    @staticmethod
-    def _end_of(stop: str, text: str, old: int) -> int:
-        """Where `stop` first ends beyond `old`, or -1."""
-        start = text.find(stop, max(0, old - len(stop) + 1))
-        return -1 if start < 0 else start + len(stop)
 
+class _PartOfStop:
+    """How much of one stop string the text ends with: Knuth, Morris and Pratt's search (SIAM J. Comput. 6, 1977).
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+    length: of the longest end of the text that is a beginning of `stop`, but not all of it.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.length = 0
+        # [i]: the same for stop[: i + 1] as the text; made as far as a text has come.
+        self._borders = [0]
+
+    def take(self, character: str) -> bool:
+        """Whether the text, longer by this character, now ends with the whole string."""
+        self.length = self._extended(self.length, character)
+        if self.length == len(self.stop):
+            self.length = self._border(self.length)
+            return True
+        return False
+
+    def _extended(self, length: int, character: str) -> int:
+        while length and self.stop[length] != character:
+            length = self._border(length)
+        return length + 1 if self.stop[length] == character else 0
+
+    def _border(self, length: int) -> int:
+        while len(self._borders) < length:
+            self._borders.append(self._extended(self._borders[-1], self.stop[len(self._borders)]))
+        return self._borders[length - 1]

@@ -1,18 +1,16 @@
 """The port, the signals and the end, with a real server in this process."""
 
 import asyncio
-import os
 import signal
 import socket
 
 import httpx
 import pytest
 
-from afd_server.api.server import bind_port, serve
+from afd_server.api.server import bind_port
 from afd_server.errors import ConfigError
-from tests.unit.api.scripted_service import ScriptedService, app_for, says
-
-DEADLINE_S = 20
+from tests.unit.api.running_server import DEADLINE_S, Running
+from tests.unit.api.scripted_service import ScriptedService, says
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "0.0.0.0"])
@@ -42,32 +40,6 @@ def test_an_address_of_another_machine_is_named():
 def test_an_unknown_host_is_named():
     with pytest.raises(ConfigError, match="--host"):
         bind_port("no such host", 0)
-
-
-class Running:
-    """`async with Running(service) as running:` serves on a free port; `signal` ends it as an operator does."""
-
-    def __init__(self, service, shutdown_timeout_s=DEADLINE_S):
-        self._listening = bind_port("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
-        self._app, self._timeout_s = app_for(service), shutdown_timeout_s
-
-    async def __aenter__(self):
-        self.task = asyncio.create_task(serve(self._app, "", 0, self._timeout_s, sockets=[self._listening]))
-        self.client = httpx.AsyncClient(base_url=self.url, timeout=DEADLINE_S)
-        assert (await self.client.get("/health")).status_code == 200
-        return self
-
-    def signal(self, number=signal.SIGTERM):
-        os.kill(os.getpid(), number)
-
-    async def ended(self):
-        await asyncio.wait_for(self.task, DEADLINE_S)
-
-    async def __aexit__(self, *_):
-        await self.client.aclose()
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
