@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from afd_server import __version__
-from afd_server.config import ServeConfig, flag, settings_of
+from afd_server.config import API_KEY_VARIABLE, ServeConfig, flag, settings_of
 from afd_server.errors import ConfigError, ServingError, StartError
 
 # The rooms of the house in the order in which a newcomer meets them, with what their flags are about.
@@ -38,6 +39,8 @@ HERE_CALLED = {
     "--enable-expert-parallel": "--ffn-parallel ep --ffn-workers N",
 }
 USAGE_ERROR = 2
+MAX_LINE = 2000  # characters of a mistake's one line
+MAX_CONFIG_FILE_BYTES = 64 * 1024
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,14 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments[:1])
     try:
         return COMMANDS[chosen.command][0](arguments[1:])
-    except StartError as error:
-        print(f"afd {chosen.command}: {error}", file=sys.stderr)
-        return USAGE_ERROR
     except ServingError as error:
-        print(f"afd {chosen.command}: {error}", file=sys.stderr)
-        return 1
+        print(f"afd {chosen.command}: {_one_line(str(error))}", file=sys.stderr)
+        return USAGE_ERROR if isinstance(error, StartError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _one_line(message: str) -> str:
+    """What a file says may stand in a message: a page of it helps nobody, and a terminal must not obey it."""
+    line = "".join(character if character.isprintable() else " " for character in message)
+    line = " ".join(line.split())
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
 
 
 # --- serve ---------------------------------------------------------------------------------------------------------
@@ -127,32 +134,52 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
 
 
 def parse_serve(argv: Sequence[str]) -> ServeConfig:
-    """Flags over the file of --config over the defaults. Raises ConfigError; exits with 2 on a mistyped flag."""
+    """Flags over the file of --config over the environment's key over the defaults.
+
+    Raises ConfigError; exits with 2 on a mistyped flag.
+    """
     given = vars(serve_parser().parse_args(list(argv)))
     path = given.pop("config", None)
-    if path is None:
-        return ServeConfig(**given)
-    return ServeConfig(**{**settings_of(_read_config_file(Path(path)), source=path), **given})
+    key = os.environ.get(API_KEY_VARIABLE)
+    from_environment = {} if key is None else {"api_key": key}
+    from_file = {} if path is None else settings_of(_read_config_file(Path(path)), source=path)
+    return ServeConfig(**{**from_environment, **from_file, **given})
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
+    """A mapping of keys to single values; anything else that YAML can say is refused before it is built."""
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_FILE_BYTES + 1)
+        if len(content) > MAX_CONFIG_FILE_BYTES:
+            raise ConfigError("--config", f"{path} is larger than {MAX_CONFIG_FILE_BYTES} bytes")
+        root = yaml.compose(content.decode(), Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError("--config", f"{path} does not hold a mapping of keys to values")
+        values: dict[str, Any] = {}
+        for key_node, value_node in root.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or not isinstance(value_node, yaml.ScalarNode):
+                raise ConfigError(str(path), f"line {line} does not give one key one value")
+            if key_node.value in values:
+                raise ConfigError(
+                    str(path), f"{key_node.value!r} is given twice, the second time in line {line}"
+                )
+            values[key_node.value] = yaml.SafeLoader("").construct_object(value_node)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             "--config", f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
         ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError("--config", f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError("--config", f"{path} does not hold a mapping of keys to values")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError("--config", f"{path} is not YAML: {error}") from error
     return values
 
 
 def serve(argv: Sequence[str]) -> int:
     config = parse_serve(argv)
+    os.environ.pop(API_KEY_VARIABLE, None)  # of no use to the processes that this one starts
     # Until the server sets its own handler: to be told to end is not a failure, also while it starts.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from afd_server.serving import run_server
@@ -167,7 +194,11 @@ def chat(argv: Sequence[str]) -> int:
     parser = Parser(prog="afd chat", description="Talk to a running server in the terminal.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server. Default: %(default)s")
     parser.add_argument("--model", help="model name; default: the server's first")
-    parser.add_argument("--api-key", help="the key the server asks for")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get(API_KEY_VARIABLE),
+        help=f"the key the server asks for. Default: {API_KEY_VARIABLE} in the environment",
+    )
     parser.add_argument(
         "--max-tokens", type=int, default=512, metavar="N", help="of one answer. Default: %(default)s"
     )

@@ -19,11 +19,16 @@ QUANTIZATIONS = ("int8",)
 WIRE_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 TRANSPORTS = ("auto", "inproc", "shm", "tcp", "direct")
 MAX_MICRO_BATCHES = 4
+MOST = {"int": 2**62, "float": 1e9}  # of a number; a timeout of 30 years is none
+API_KEY_VARIABLE = "AFD_API_KEY"
 
 
-def option(default: Any, room: str, help: str, choices: Iterable[str] | None = None) -> Any:
-    """A setting with what a person must know of it. `help` names the unit."""
-    return field(default=default, metadata={"room": room, "help": help, "choices": tuple(choices or ())})
+def option(
+    default: Any, room: str, help: str, choices: Iterable[str] | None = None, *, secret: bool = False
+) -> Any:
+    """A setting with what a person must know of it. `help` names the unit. secret: it is never shown."""
+    metadata = {"room": room, "help": help, "choices": tuple(choices or ()), "secret": secret}
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +49,12 @@ class ServeConfig:
 
     host: str = option("127.0.0.1", "api", "address to listen on")
     port: int = option(8000, "api", "TCP port to listen on")
-    api_key: str | None = option(None, "api", "clients must send it as a bearer token")
+    api_key: str | None = option(
+        None,
+        "api",
+        f"clients must send it as a bearer token; {API_KEY_VARIABLE} in the environment does the same, unseen by `ps`",
+        secret=True,
+    )
     client_timeout: float = option(
         60.0, "api", "seconds that a client may take to send a request, or let its answer lie unread"
     )
@@ -218,7 +228,10 @@ def _check_type(setting: Field[Any], value: Any) -> None:
     kind = wanted.split(" ")[0]
     accepted: tuple[type, ...] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
-        raise ConfigError(flag(setting.name), f"{value!r} is not of type {kind}")
+        shown = "its value" if setting.metadata["secret"] else repr(value)
+        raise ConfigError(flag(setting.name), f"{shown} is not of type {kind}")
+    if kind in MOST and not -MOST[kind] <= value <= MOST[kind]:  # nor a float that is no number
+        raise ConfigError(flag(setting.name), f"{value} is out of range")
     choices = setting.metadata["choices"]
     if choices and value not in choices:
         raise ConfigError(flag(setting.name), f"{value!r} is not one of {', '.join(choices)}")

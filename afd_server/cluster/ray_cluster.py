@@ -8,6 +8,7 @@ serves a request (router/). Runs in the process of the front-end.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
@@ -47,7 +48,8 @@ class RayCluster:
         one to do so wins.
         """
         start_ray(config)
-        self._config = config
+        # The key is the front-end's alone; workers are handed the rest.
+        self._config = config = dataclasses.replace(config, api_key=None)
         self._secret = secrets.token_bytes(32)
         self._places: dict[str, Place] = {}  # by worker
         self._supervisor = Supervisor(config, self)

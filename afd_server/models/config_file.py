@@ -7,7 +7,6 @@ architecture has (families.py). Called by spec.py and families.py.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,11 @@ HARMLESS = frozenset((
 ))  # fmt: skip
 
 REQUIRED: Any = object()
+# Far beyond any model; near enough that what a wild number asks for can be refused by name and not by a lack of memory.
+MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = 1e15
+MAX_LAYERS = 4096
+MAX_JSON_BYTES = 64 * 2**20  # the index of the largest checkpoints has 10 MB
 
 
 class ConfigFile:
@@ -65,6 +69,9 @@ class ConfigFile:
         value = self.value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.error(key, f"is {value!r}, not a whole number from {least} up")
+        most = MAX_LAYERS if key == "num_hidden_layers" else MAX_INTEGER
+        if value > most:
+            raise self.error(key, f"is beyond {most}")
         return value
 
     def integers(self, key: str) -> list[int]:
@@ -75,12 +82,14 @@ class ConfigFile:
         return value
 
     def number(self, key: str, default: Any = REQUIRED, *, zero: bool = False) -> float:
-        """A finite number above 0; zero: or 0 itself."""
+        """A number above 0; zero: or 0 itself."""
         value = self.value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, f"is {value!r}, not a number")
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise self.error(key, f"is {value!r}, not a finite number {'from' if zero else 'above'} 0")
+        if not 0 <= value <= MAX_NUMBER or (value == 0 and not zero):
+            raise self.error(
+                key, f"is {value!r}, not a number {'from' if zero else 'above'} 0 to {MAX_NUMBER:g}"
+            )
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -132,7 +141,7 @@ class ConfigFile:
         if value is None:
             value = self._values.get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        if not all(type(token_id) is int and abs(token_id) <= MAX_INTEGER for token_id in ids):
             raise self.error("eos_token_id", f"is {value!r}, not token ids")
         return tuple(ids)
 
@@ -170,8 +179,12 @@ class ConfigFile:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file of a checkpoint. Raises ModelError, naming the file, when it cannot be read or holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise ModelError(f"{path}: is larger than {MAX_JSON_BYTES} bytes")
+        value = json.loads(content.decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: is not a JSON object")

@@ -120,7 +120,7 @@ def _refuse_sliding_window(config: ConfigFile, *, switch: str | None) -> None:
     if on and window < no_window:
         raise config.error("sliding_window", f"is {window}; sliding-window attention is not served")
     layer_types = config.value("layer_types", [])
-    if any(layer_type != "full_attention" for layer_type in layer_types):
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise config.error("layer_types", f"is {layer_types}; only full_attention is served")
 
 

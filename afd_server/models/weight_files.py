@@ -6,7 +6,6 @@ for (checkpoint.py, the one caller).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -14,10 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from afd_server.errors import ModelError
+from afd_server.models.config_file import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_OPEN_FILES = 2
+DTYPES = ("F32", "BF16", "F16")
 
 
 class WeightFiles:
@@ -51,6 +52,10 @@ class WeightFiles:
             found = tuple(stored.get_shape())
             if found != shape:
                 raise ModelError(f"{self.where}: {name} has shape {list(found)}, not {list(shape)}")
+            if stored.get_dtype() not in DTYPES:
+                raise ModelError(
+                    f"{self.where}: {name} is of type {stored.get_dtype()}; served: {', '.join(DTYPES)}"
+                )
             return stored[slices] if slices else stored[:]
         except SafetensorError as error:
             raise ModelError(f"{self._directory / self._file_of[name]}: {name}: {error}") from error
@@ -61,6 +66,8 @@ class WeightFiles:
             while len(self._open) >= MAX_OPEN_FILES:
                 del self._open[next(iter(self._open))]
             path = self._directory / file_name
+            if not path.is_file():  # a pipe, say, would be waited for
+                raise ModelError(f"{path}: is missing, or no file")
             try:
                 self._open[file_name] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
@@ -71,9 +78,9 @@ class WeightFiles:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name. The files must lie beside the index: a path could point anywhere."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_object(path)["weight_map"]
         file_of = {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise ModelError(f"{path}: is not an index of safetensors files: {error}") from error
     for name, file_name in file_of.items():
         if PurePath(file_name).name != file_name or "\\" in file_name or file_name in ("", ".", ".."):

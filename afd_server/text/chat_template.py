@@ -17,10 +17,12 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from afd_server.errors import ModelError, RequestError
+from afd_server.text.bounded_jinja import BoundedEnvironment, counted_from_now
 from afd_server.text.tokenizer import read_tokenizer_config
+
+MAX_TEMPLATE_CHARACTERS = 1_000_000
 
 
 class GenerationBlock(Extension):
@@ -38,14 +40,15 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any] | None = None) -> None:
         """Raises ModelError when `source` is not a jinja2 template."""
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationBlock]
         )
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, TypeError) as error:
+            # The last three: what jinja2 made of it is not Python. It takes some nonsense for sense.
             raise ModelError(f"the chat template cannot be read: {error}") from error
         self._special_tokens = dict(special_tokens or {})
 
@@ -53,17 +56,21 @@ class ChatTemplate:
     def load(cls, directory: Path | str, special_tokens: Mapping[str, Any]) -> ChatTemplate | None:
         """From `chat_template.jinja` or tokenizer_config.json's chat_template; None for a model that has none."""
         file = Path(directory) / "chat_template.jinja"
-        source: Any
-        if file.is_file():
-            source = file.read_text(encoding="utf-8")
-        else:
-            source = read_tokenizer_config(Path(directory)).get("chat_template")
+        source: Any = (
+            _read(file) if file.is_file() else read_tokenizer_config(Path(directory)).get("chat_template")
+        )
         if isinstance(source, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in source}
-            source = named.get("default")
-            if source is None:
-                raise ModelError(f"{directory}: no chat template is named 'default', only {', '.join(named)}")
-        return None if source is None else cls(source, special_tokens)
+            source = _default_of(source, f"{directory}")
+        if source is None:
+            return None
+        if not isinstance(source, str) or len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise ModelError(
+                f"{directory}: the chat template is no text of at most {MAX_TEMPLATE_CHARACTERS} characters"
+            )
+        try:
+            return cls(source, special_tokens)
+        except ModelError as error:
+            raise ModelError(f"{directory}: {error}") from error
 
     def render(
         self,
@@ -85,6 +92,7 @@ class ChatTemplate:
             chat[-1]["content"] = f"{chat[-1].get('content') or ''}{mark}"
         names = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
         names |= {"messages": chat, "add_generation_prompt": add_generation_prompt}
+        counted_from_now()
         try:
             prompt = self._template.render(names)
         except Exception as error:  # a template is a program: it may fail in any way
@@ -100,6 +108,24 @@ class ChatTemplate:
                 "continue_final_message",
             )
         return before
+
+
+def _read(file: Path) -> str:
+    try:
+        with file.open(encoding="utf-8") as opened:
+            return opened.read(MAX_TEMPLATE_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
+
+
+def _default_of(templates: list[Any], where: str) -> Any:
+    try:
+        named = {str(entry["name"]): entry["template"] for entry in templates}
+    except (TypeError, KeyError) as error:
+        raise ModelError(f"{where}: chat_template is not a list of names and templates") from error
+    if "default" not in named:
+        raise ModelError(f"{where}: no chat template is named 'default', only {', '.join(named)}")
+    return named["default"]
 
 
 def _tojson(

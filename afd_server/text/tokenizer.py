@@ -53,9 +53,13 @@ class Tokenizer:
             name: text for name in SPECIAL_NAMES if (text := _content(config.get(name))) is not None
         }
         if "additional_special_tokens" in config:
-            special_tokens["additional_special_tokens"] = [
-                _content(token) for token in config["additional_special_tokens"] or ()
-            ]
+            more = config["additional_special_tokens"] or []
+            if not isinstance(more, list):
+                raise ModelError(f"{directory}: tokenizer_config.json: additional_special_tokens is no list")
+            special_tokens["additional_special_tokens"] = list(map(_content, more))
+        for name in SPECIAL_NAMES:
+            if not isinstance(special_tokens.get(name, ""), str):
+                raise ModelError(f"{directory}: tokenizer_config.json: {name} is no text")
         return cls(backend, special_tokens)
 
     @property
