@@ -38,7 +38,7 @@ MAX_MISSING = 1000
 
 
 def check_checkpoint(directory: Path, spec: ModelSpec) -> None:
-    """Finds out in no time what would stop a worker later: raises ModelError for missing and left-over tensors."""
+    """Finds out in no time what would stop a worker later: raises ModelError for missing, left-over and wrong tensors."""
     files, family = WeightFiles(directory), family_of(spec.architecture)
     there = files.names
     needed = (name for tensor in model_tensors(spec) for name in _names(tensor, family))
@@ -47,6 +47,9 @@ def check_checkpoint(directory: Path, spec: ModelSpec) -> None:
     if missing:
         raise ModelError(f"{files.where}: {missing[0]} is missing{_and_more(missing)}")
     _refuse_left_over(files, family, spec)
+    files.check(
+        {name: shape for tensor in model_tensors(spec) for name, shape in _stored_shapes(tensor, family)}
+    )
 
 
 def operations_for(
@@ -246,12 +249,17 @@ class _Reader:
 
 def _names(tensor: TensorSlot, family: Family) -> Iterator[str]:
     """What the checkpoint calls a slot: one name, or one for each expert."""
+    return (name for name, _ in _stored_shapes(tensor, family))
+
+
+def _stored_shapes(tensor: TensorSlot, family: Family) -> Iterator[tuple[str, tuple[int, ...]]]:
     template = family.names[tensor.slot]
     if "{expert}" in template:
         for expert in range(tensor.num_experts):
-            yield template.format(layer=tensor.layer, expert=expert)
+            yield template.format(layer=tensor.layer, expert=expert), tensor.shape
     else:
-        yield template.format(layer=tensor.layer)
+        stack = (tensor.num_experts,) if tensor.num_experts else ()
+        yield template.format(layer=tensor.layer), (*stack, *tensor.shape)
 
 
 def _needed_names(family: Family, spec: ModelSpec) -> set[str]:

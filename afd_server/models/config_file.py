@@ -7,6 +7,7 @@ architecture has (families.py). Called by spec.py and families.py.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,14 @@ class ConfigFile:
         return value
 
     def number(self, key: str, default: Any = REQUIRED, *, zero: bool = False) -> float:
-        """A number above 0; zero: or 0 itself."""
+        """A finite number above 0; zero: or 0 itself."""
         value = self.value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, f"is {value!r}, not a number")
-        if not 0 <= value <= MAX_NUMBER or (value == 0 and not zero):
-            raise self.error(
-                key, f"is {value!r}, not a number {'from' if zero else 'above'} 0 to {MAX_NUMBER:g}"
-            )
+        if not 0 <= value < math.inf or (value == 0 and not zero):
+            raise self.error(key, f"is {value!r}, not a finite number {'from' if zero else 'above'} 0")
+        if value > MAX_NUMBER:
+            raise self.error(key, f"is beyond {MAX_NUMBER:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

@@ -6,6 +6,7 @@ for (checkpoint.py, the one caller).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -45,20 +46,34 @@ class WeightFiles:
 
         shape: the whole tensor's. Raises ModelError if the tensor is missing or of another shape.
         """
+        stored = self._stored(name, shape)
+        try:
+            return stored[slices] if slices else stored[:]
+        except SafetensorError as error:
+            raise self._damaged(name, error) from error
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ModelError for the first of these tensors, by name, that `read` would not give."""
+        for name in sorted(shapes, key=lambda name: self._file_of.get(name, "")):  # each file is opened once
+            self._stored(name, shapes[name])
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> Any:
+        """The tensor as its file describes it; nothing of it is read."""
         if name not in self._file_of:
             raise ModelError(f"{self.where}: {name} is missing")
         try:
             stored = self._file(self._file_of[name]).get_slice(name)
-            found = tuple(stored.get_shape())
-            if found != shape:
-                raise ModelError(f"{self.where}: {name} has shape {list(found)}, not {list(shape)}")
-            if stored.get_dtype() not in DTYPES:
-                raise ModelError(
-                    f"{self.where}: {name} is of type {stored.get_dtype()}; served: {', '.join(DTYPES)}"
-                )
-            return stored[slices] if slices else stored[:]
+            found, dtype = tuple(stored.get_shape()), stored.get_dtype()
         except SafetensorError as error:
-            raise ModelError(f"{self._directory / self._file_of[name]}: {name}: {error}") from error
+            raise self._damaged(name, error) from error
+        if found != shape:
+            raise ModelError(f"{self.where}: {name} has shape {list(found)}, not {list(shape)}")
+        if dtype not in DTYPES:
+            raise ModelError(f"{self.where}: {name} is of type {dtype}; served: {', '.join(DTYPES)}")
+        return stored
+
+    def _damaged(self, name: str, error: SafetensorError) -> ModelError:
+        return ModelError(f"{self._directory / self._file_of[name]}: {name}: {error}")
 
     def _file(self, file_name: str) -> Any:
         if file_name not in self._open:
@@ -66,11 +81,11 @@ class WeightFiles:
             while len(self._open) >= MAX_OPEN_FILES:
                 del self._open[next(iter(self._open))]
             path = self._directory / file_name
-            if not path.is_file():  # a pipe, say, would be waited for
-                raise ModelError(f"{path}: is missing, or no file")
             try:
+                if not path.is_file():  # a pipe, say, would be waited for
+                    raise ModelError(f"{path}: cannot be read: there is no such file")
                 self._open[file_name] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
+            except (OSError, ValueError, SafetensorError) as error:
                 raise ModelError(f"{path}: cannot be read: {error}") from error
         return self._open[file_name]
 
