@@ -19,7 +19,7 @@ QUANTIZATIONS = ("int8",)
 WIRE_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 TRANSPORTS = ("auto", "inproc", "shm", "tcp", "direct")
 MAX_MICRO_BATCHES = 4
-MOST = {"int": 2**62, "float": 1e9}  # of a number; a timeout of 30 years is none
+MOST: Mapping[str, float] = {"int": 2**62, "float": 1e9}  # of a number; a timeout of 30 years is none
 API_KEY_VARIABLE = "AFD_API_KEY"
 
 

@@ -7,6 +7,7 @@ hold a value that asks for nothing.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,6 +28,7 @@ MAX_CHOICES = 128  # of one prompt
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters
+MAX_MESSAGES = 4096
 MAX_TOKEN_RULES = 1024  # biases, and ids that stop: each goes to the worker with every choice
 INT32 = 2**31
 MAX_TOP_K = INT32 - 1
@@ -120,11 +122,17 @@ class Body(BaseModel):
         """Client libraries send null for what their user has not set. Of unknown fields the first is enough to refuse."""
         if not isinstance(given, dict):
             return given
-        unknown = [name for name in given if name not in cls.model_fields]
-        if unknown:
-            return {unknown[0]: given[unknown[0]]}
-        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
-        return {name: value for name, value in given.items() if value is not None or name not in optional}
+        fields = _fields(cls)
+        unknown = next((name for name in given if name not in fields), None)
+        if unknown is not None:
+            return {unknown: given[unknown]}
+        return {name: value for name, value in given.items() if value is not None or fields[name]}
+
+
+@cache
+def _fields(body: type[Body]) -> dict[str, bool]:
+    """Field -> whether it is required. A body may hold thousands of messages."""
+    return {name: field.is_required() for name, field in body.model_fields.items()}
 
 
 class StreamOptions(Body):
@@ -222,7 +230,7 @@ class Message(Body):
 
 
 class ChatCompletionRequest(GenerationFields):
-    messages: Annotated[list[Message], FIRST, Field(min_length=1)]
+    messages: Annotated[list[Message], FIRST, Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: MaxTokens | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
