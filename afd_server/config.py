@@ -230,7 +230,8 @@ def _check_type(setting: Field[Any], value: Any) -> None:
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
         shown = "its value" if setting.metadata["secret"] else repr(value)
         raise ConfigError(flag(setting.name), f"{shown} is not of type {kind}")
-    if kind in MOST and not -MOST[kind] <= value <= MOST[kind]:  # nor a float that is no number
+    most = MOST.get(kind, 0.0)
+    if most and isinstance(value, int | float) and not -most <= value <= most:  # nor a float that is no number
         raise ConfigError(flag(setting.name), f"{value} is out of range")
     choices = setting.metadata["choices"]
     if choices and value not in choices:

@@ -50,6 +50,7 @@ class Shape:
 
 
 SHAPES = {
+    "micro": Shape(2, 64, 4, 2, 16, 4, 2, 32, 1024),  # as little as a model can be: for counting, not for speed
     "tiny": Shape(8, 512, 8, 2, 64, 16, 4, 256, 8192),  # 60 million parameters
     "small": Shape(
         16, 1024, 16, 4, 128, 32, 4, 512, 32768
