@@ -24,13 +24,14 @@ def afd(*arguments, timeout_s=120.0):
 class Server:
     """`with Server(directory, "--ffn-workers", 2) as server:` waits until it is ready, and ends it by SIGTERM."""
 
+    program = ("-m", "afd_server")
+
     def __init__(self, model, *flags):
         self._log = tempfile.NamedTemporaryFile("w+", prefix="afd-server-", suffix=".log")  # noqa: SIM115
         command = [
             sys.executable,
             "-u",
-            "-m",
-            "afd_server",
+            *self.program,
             "serve",
             str(model),
             "--port",
