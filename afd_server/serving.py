@@ -211,7 +211,7 @@ def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: st
     """What a person wants to know of a server that has just become ready."""
     ep, tp = config.ffn_shards
     body = f'{{"model": "{config.served_model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-    key = ' -H "Authorization: Bearer $API_KEY"' if config.api_key else ""
+    key = ' -H "Authorization: Bearer $AFD_API_KEY"' if config.api_key else ""
     attention, ffn = started.attention, started.ffn
     lines = {
         "url": url,

@@ -36,6 +36,8 @@ REST_TIMEOUT_S = 60.0
 WARM_UP = 0.2  # of the looks
 # Between two looks whether everything that was asked for has ended.
 POLL_S = 0.05
+# The KV cache's pages are taken when they are first written, until all of it is in use: here within the warm-up.
+SMALL_CACHE = "--kv-cache-memory-bytes 16000000"
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def main() -> int:
     parser.add_argument(
         "--bound-kb", type=float, default=100.0, help="for a thousand requests, in each process"
     )
-    parser.add_argument("--flags", default="", help="for afd serve")
+    parser.add_argument("--flags", default=SMALL_CACHE, help="for afd serve. Default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     looks: dict[tuple[int, str], list[Look]] = {}
