@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import re
+import resource
 import socket
 
 import pytest
@@ -375,3 +376,38 @@ async def test_a_short_answer_that_is_never_read():
             async with asyncio.timeout(DEADLINE_S):
                 while len(os.listdir("/proc/self/fd")) > before + 1 or not service.closed:
                     await asyncio.sleep(0.01)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+async def test_more_connections_than_descriptors():
+    """Those that find none are closed or wait; when the others have gone, or were dropped as silent, all is as before."""
+    async with Running(idle_service(), client_timeout_s=SHORT_S) as running:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        silent = [socket.socket() for _ in range(40)]
+        # Room for about half of them at the server's end, which is this process too.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+        try:
+            for sock in silent:
+                sock.setblocking(False)
+                sock.connect_ex(("127.0.0.1", running.port))
+            gone = 0
+            async with asyncio.timeout(DEADLINE_S):
+                while gone < len(silent):
+                    await asyncio.sleep(0.01)
+                    gone = sum(map(is_closed, silent))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for sock in silent:
+                sock.close()
+        await answers(running)
+
+
+def is_closed(sock):
+    try:
+        return sock.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
