@@ -294,6 +294,9 @@ class Endless:
     def health(self):
         return []
 
+    def is_serving(self):
+        return True
+
 
 ENDLESS_TOKENS = 200_000_000
 
