@@ -52,7 +52,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Trend:
-    """One process from the end of the warm-up to the last look. kb_per_1000: fitted; the rest are first and last values."""
+    """One process from the end of the warm-up to the last look: fitted, first and last values, and its memory at each."""
 
     process: str
     pid: int
@@ -60,6 +60,7 @@ class Trend:
     kb_per_1000: float
     descriptors: tuple[int, int]
     threads: tuple[int, int]
+    series_mb: list[float]
 
 
 def looks_at(process: psutil.Process, requests: int) -> dict[tuple[int, str], Look]:
@@ -158,6 +159,7 @@ def trend(process: str, pid: int, looks: Sequence[Look]) -> Trend:
     return Trend(
         process, pid, (first.own_bytes / 1e6, last.own_bytes / 1e6), slope,
         (first.descriptors, last.descriptors), (first.threads, last.threads),
+        [round(look.own_bytes / 1e6, 1) for look in looks],
     )  # fmt: skip
 
 
@@ -200,20 +202,22 @@ def main() -> int:
                 f"{done:>7} requests, {time.monotonic() - began:5.0f} s, {own / 1e6:8.1f} MB in all", flush=True
             )
     last = max(look.requests for its in looks.values() for look in its)
-    trends = [
-        trend(name, pid, its) for (pid, name), its in looks.items() if its[-1].requests == last and len(its) > 2
-    ]
+    whole = {key: its for key, its in looks.items() if len(its) == last // arguments.every}
+    trends = [trend(name, pid, its) for (pid, name), its in whole.items()]
+    others = sorted(name for _, name in looks.keys() - whole.keys())  # a restarted worker is another process
     print(f"\n{'process':<28} {'own MB':>15} {'KB / 1000 requests':>19} {'descriptors':>12} {'threads':>9}")
     for each in sorted(trends, key=lambda each: -each.kb_per_1000):
         print(
             f"{each.process:<28} {each.own_mb[0]:7.1f} {each.own_mb[1]:7.1f} {each.kb_per_1000:19.1f} "
             f"{each.descriptors[0]:6}{each.descriptors[1]:6} {each.threads[0]:5}{each.threads[1]:4}"
         )
+    if others:
+        print(f"came or went meanwhile: {', '.join(others)}")
     growing = [each.process for each in trends if grows(each, arguments.bound_kb)]
     shared = shared[int(len(shared) * WARM_UP) :]
     print(json.dumps({
         "commit": commit(), "machine": machine(), "requests": last, "concurrency": arguments.concurrency, "kinds": kinds,
-        "bound_kb": arguments.bound_kb, "growing": growing, "dev_shm_entries": [shared[0], shared[-1]],
+        "bound_kb": arguments.bound_kb, "growing": growing, "came_or_went": others, "dev_shm_entries": [shared[0], shared[-1]],
         "processes": [asdict(each) for each in trends],
     }))  # fmt: skip
     return 1 if growing else 0
