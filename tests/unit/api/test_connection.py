@@ -228,8 +228,7 @@ async def test_more_pipelined_requests_than_are_kept():
     async with Running(service) as running, Raw(running) as raw:
         await raw.send(completion(stream=True) + PING * 1000)
         await raw.rest()
-        while len(service.closed) < 1:  # what was under way on that connection has ended with it
-            await asyncio.sleep(0)
+        await ended(service, 1)  # what was under way on that connection has ended with it
 
 
 @pytest.mark.parametrize("garbage", [b"\x00\x01garbage\r\n\r\n", b"{}" * 100, completion()[5:]])
@@ -241,8 +240,7 @@ async def test_garbage_after_a_request(garbage):
         await raw.until(b"\n\n")
         await raw.send(garbage)
         assert b"HTTP/1.1" not in await raw.rest()
-        while len(service.closed) < 1:
-            await asyncio.sleep(0)
+        await ended(service, 1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -325,8 +323,9 @@ async def test_a_client_who_does_not_read_stands_still_alone(n):
     async with Running(service, max_model_len=ENDLESS_TOKENS) as running:
         with small_socket(running.port) as deaf:
             deaf.sendall(completion(stream=True, max_tokens=ENDLESS_TOKENS - 10, n=n))
-            while len(service.produced) < n:
-                await asyncio.sleep(0)
+            async with asyncio.timeout(DEADLINE_S):
+                while len(service.produced) < n:
+                    await asyncio.sleep(0)
             produced = await settled(lambda: sum(service.produced.values()))
             assert produced < 1_000_000  # of 200 million for each
             response = await running.client.post("/v1/completions", json={"prompt": "hi", "max_tokens": 5000})
