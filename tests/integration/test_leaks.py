@@ -27,7 +27,9 @@ MOST_MORE = 8
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    directory = write_checkpoint("llama", tmp_path_factory.mktemp("models") / "llama")
+    directory = write_checkpoint(
+        "llama", tmp_path_factory.mktemp("models") / "llama", max_position_embeddings=1024
+    )
     return write_tokenizer(directory)
 
 
