@@ -30,8 +30,10 @@ from afd_server.transport.base import Answer, CallTag, Link
 # microseconds.
 REDIAL_EVERY_S = 0.05
 
-# How long a worker is dialled while another replica of its shard may answer the call.
+# How long a worker is dialled while another replica of its shard may answer the call, and how long when there is none: it
+# may have been started elsewhere meanwhile.
 DIAL_TIMEOUT_S = 2.0
+DIAL_ALONE_TIMEOUT_S = 10.0
 # How long a worker that failed a call, or let it time out, is used only when no other replica of its shard is left.
 SUSPECT_FOR_S = 60.0
 # A call that so many workers, or one worker so many times, could not compute is not sent again. Each of them is restarted.
@@ -164,11 +166,8 @@ class FFNGroup:
         while True:
             failure: WorkerError | None = None
             for index in self._in_order_of_trust(shard):
-                left_s = deadline - time.monotonic()
-                alone = len(self._choices[shard]) == 1
                 try:
-                    # A frozen process still takes connections: where there is another replica, little time is spent on it.
-                    link = self._link(index, left_s if alone else min(left_s, DIAL_TIMEOUT_S))
+                    link = self._link(index, self._dial_timeout_s(shard, deadline))
                     link.send(flight.tag, flight.parts[shard].call)
                 except (WorkerDiedError, WorkerTimeoutError) as error:
                     self._drop(index)
@@ -261,13 +260,17 @@ class FFNGroup:
                     raise failures[0]
                 time.sleep(REDIAL_EVERY_S)
 
+    def _dial_timeout_s(self, shard: int, deadline: float) -> float:
+        """A frozen process still takes connections: where there is another replica, little time is spent on it."""
+        alone = len(self._choices[shard]) == 1
+        return min(deadline - time.monotonic(), DIAL_ALONE_TIMEOUT_S if alone else DIAL_TIMEOUT_S)
+
     def _dial(self, choices: Collection[int], deadline: float) -> list[WorkerError]:
         """Opens the links to a shard's replicas; gives the failures."""
         failures: list[WorkerError] = []
         for index in choices:
-            left_s = deadline - time.monotonic()
             try:
-                self._link(index, left_s if len(choices) == 1 else min(left_s, DIAL_TIMEOUT_S))
+                self._link(index, self._dial_timeout_s(index % self._num_shards, deadline))
             except (WorkerDiedError, WorkerTimeoutError) as error:
                 failures.append(error)
         return failures

@@ -14,20 +14,18 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Sequence
-from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError
 
 from afd_server.cluster.actors import AttentionActor, FFNActor
-from afd_server.cluster.placement import START_POLL_S, Deadline, Place, place, start_ray, stop_ray, why_unplaced
+from afd_server.cluster.loading import load_all, wait_for_processes
+from afd_server.cluster.placement import Deadline, Place, place, start_ray, stop_ray, why_unplaced
 from afd_server.cluster.restarts import Restarts
 from afd_server.cluster.supervisor import Supervisor
 from afd_server.cluster.watch import Member, Role, first_line
 from afd_server.cluster.workers import Started, attention_name, ffn_name
 from afd_server.config import ServeConfig
-from afd_server.errors import StartError
 from afd_server.router.router import Router
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.control import ControlClient
@@ -65,12 +63,15 @@ class RayCluster:
             self._supervisor.add(self._member("ffn", index, placed))
         for index, placed in enumerate(actors.attention):
             self._supervisor.add(self._member("attention", index, placed))
+        wait_for_processes(
+            [*self._supervisor.members("ffn"), *self._supervisor.members("attention")], cancelled
+        )
         deadline = Deadline(self._config.start_timeout, cancelled)
-        ffn = self._load(self._supervisor.members("ffn"), deadline)
+        ffn = load_all(self._supervisor.members("ffn"), deadline)
         for member, (endpoint, info) in zip(self._supervisor.members("ffn"), ffn, strict=True):
             member.serves_at(endpoint, info)
         told = self._supervisor.ffn_endpoints()
-        attention = self._load(self._supervisor.members("attention"), deadline, *told)
+        attention = load_all(self._supervisor.members("attention"), deadline, *told)
         for member, (endpoint, info, _) in zip(self._supervisor.members("attention"), attention, strict=True):
             member.serves_at(endpoint, info)
         return Started(
@@ -84,27 +85,6 @@ class RayCluster:
         self._places[name] = placed
         life = placed.actor.sentinel.remote()
         return Member(role, index, name, placed.actor, life, Restarts(self._config.max_restarts))
-
-    def _load(self, members: Sequence[Member], deadline: Deadline, *arguments: Any) -> list[Any]:
-        """Every member's answer to `load`; the first failure ends the wait."""
-        waiting = {member.actor.load.remote(*arguments): member for member in members}
-        results: dict[str, Any] = {}
-        while len(results) < len(members):
-            ready, _ = ray.wait(list(waiting), timeout=START_POLL_S)
-            if not ready:
-                names = ", ".join(member.name for member in waiting.values())
-                deadline.check(f"{names}: not loaded within {deadline.timeout_s:g} s (raise --start-timeout)")
-                continue
-            member = waiting.pop(ready[0])
-            try:
-                results[member.name] = ray.get(ready[0])
-            except RayTaskError as error:
-                raise StartError(f"{member.name}: {first_line(error)}") from None
-            except RayError as error:
-                raise StartError(
-                    f"{member.name}: its process ended while it loaded: {first_line(error)}"
-                ) from None
-        return [results[member.name] for member in members]
 
     async def connect(self) -> list[ControlClient]:
         """A client to each attention replica, for the router."""
@@ -146,8 +126,10 @@ class RayCluster:
         members = [*self._supervisor.members("attention"), *self._supervisor.members("ffn")]
         try:
             ray.get([member.actor.stop.remote() for member in members], timeout=STOP_TIMEOUT_S)
-        except (RayError, GetTimeoutError) as error:
+        except GetTimeoutError as error:
             logger.warning("a worker did not stop by itself: %s", first_line(error))
+        except RayError as error:
+            logger.info("a worker had ended already: %s", first_line(error))
         for member in members:
             ray.kill(member.actor)
         stop_ray()

@@ -145,4 +145,5 @@ def first_line(error: BaseException) -> str:
     """What is said of an error in a sentence. Ray's are pages long; the cause of a failed task says more than they do."""
     if isinstance(error, RayTaskError):
         error = error.cause
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if "creation task" in lines[0] else lines[0]  # a constructor's traceback ends in the cause

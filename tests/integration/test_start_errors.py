@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from tests.broken_workers import break_workers
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.server_process import afd
 
@@ -94,3 +95,40 @@ def test_a_missing_weight_file(model, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text((model / name).read_text())
     assert_one_line(afd("serve", tmp_path, "--port", 0), str(tmp_path), "safetensors")
+
+
+def test_a_truncated_weight_file(model, tmp_path):
+    for file in model.iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(
+            content[: len(content) // 2] if file.suffix == ".safetensors" else content
+        )
+    assert_one_line(afd("serve", tmp_path, "--port", 0), "model.safetensors", "cannot be read")
+
+
+CONSTRUCTOR = """
+    from afd_server.cluster.actors import AttentionActor
+
+    def construct(self, *arguments):
+        raise OSError("no space for the worker")
+
+    AttentionActor.__init__ = construct
+"""
+LOAD = """
+    import afd_server.cluster.workers
+
+    afd_server.cluster.workers.load_ffn_half = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(CONSTRUCTOR, ["attention-0: OSError: no space for the worker"]), (LOAD, ["ffn-0: its process ended while it loaded"])],
+    ids=["raises in its constructor", "dies while it loads"],
+)  # fmt: skip
+def test_a_worker_that_cannot_start_ends_it_with_the_first_cause(model, tmp_path, monkeypatch, code, words):
+    break_workers(monkeypatch, tmp_path / "site", code)
+    result = afd("serve", model, "--port", 0, "--device", "cpu")
+    assert result.returncode == 2, result.stderr
+    for word in words:  # the lines before come from the worker itself, by way of Ray
+        assert word in result.stderr.splitlines()[-1]

@@ -12,26 +12,48 @@ import httpx
 import psutil
 import pytest
 
+from tests.broken_workers import break_workers
 from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.server_process import Server
 
 pytestmark = pytest.mark.integration
 
 DEADLINE_S = 90.0
-MAX_RESTARTS = 2
+MAX_RESTARTS = 3
 ASK = {"model": "tiny", "prompt": list(range(3, 30)), "temperature": 0.8, "seed": 5, "max_tokens": 400}
 ASK |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def flag(tmp_path_factory):
+    """A file: while it exists, the next FFN call removes it and raises."""
+    return tmp_path_factory.mktemp("flag") / "raise"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, flag):
     directory = write_checkpoint(
         "mixtral", tmp_path_factory.mktemp("models") / "mixtral", max_position_embeddings=512
     )
     write_tokenizer(directory)
     flags = ["--max-model-len", 512, "--device", "cpu", "--served-model-name", "tiny"]
-    with Server(directory, *flags, "--heartbeat-timeout", 2, "--max-restarts", MAX_RESTARTS) as server:
-        yield server
+    broken = f"""
+        import pathlib
+        from afd_server.models.halves import FFNHalf
+
+        def forward(self, call, out=None, whole=FFNHalf.forward):
+            flag = pathlib.Path({str(flag)!r})
+            if flag.exists():
+                flag.unlink()
+                raise RuntimeError("the device is gone")
+            return whole(self, call, out)
+
+        FFNHalf.forward = forward
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        break_workers(monkeypatch, tmp_path_factory.mktemp("site"), broken)
+        with Server(directory, *flags, "--heartbeat-timeout", 2, "--max-restarts", MAX_RESTARTS) as server:
+            yield server
 
 
 def wait_until(condition):
@@ -92,6 +114,18 @@ def test_a_worker_that_stands_still_is_replaced_and_the_text_is_the_same(server,
     assert server.metric("afd:worker_recovery_seconds_count", role=role.lower()) == 1
 
 
+def test_an_exception_in_the_expert_code_restarts_the_worker_and_the_text_is_the_same(server, flag):
+    undisturbed, _ = stream(server)
+    (pid,) = server.pids("FFN")
+    assert stream(server, lambda number: flag.touch() if number == 20 else None) == (undisturbed, None)
+    assert not flag.exists()
+    assert server.metric("afd:worker_restarts_total", worker="ffn-0", reason="failed") == 1
+    assert server.metric("afd:ffn_calls_resent_total", engine="attention-0") >= 1
+    wait_until(lambda: health(server).status_code == 200)
+    assert pid not in server.pids("FFN")
+    assert "RuntimeError: the device is gone" in server.log()
+
+
 def test_a_worker_without_restarts_left_is_given_up_and_requests_end_at_once(server):
     def is_given_up():
         return "given up" in str(health(server).json())
@@ -118,4 +152,3 @@ def test_a_worker_without_restarts_left_is_given_up_and_requests_end_at_once(ser
     assert "ffn-0" in refused.json()["error"]["message"]
     assert server.metric("afd:worker_up", worker="ffn-0") == 0
     assert server.stop() == 0
-    assert "Traceback" not in server.log()

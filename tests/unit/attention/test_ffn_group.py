@@ -11,11 +11,13 @@ import torch
 
 from afd_server.attention.dispatch import SPARSE_DISPATCH_FROM, GroupLayout
 from afd_server.attention.ffn_group import FFNGroup
-from afd_server.errors import WorkerDiedError, WorkerError, WorkerTimeoutError
+from afd_server.errors import WorkerDiedError, WorkerFailedError, WorkerGivenUpError, WorkerTimeoutError
 from afd_server.ffn.worker import FFNWorker
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import LinkShape
+from afd_server.transport.connect import connect
 from afd_server.transport.inproc import InprocListener
+from afd_server.transport.listener import SocketListener
 
 HIDDEN, EXPERTS, TOP_K, ROWS = 8, 16, 3, 12
 SHAPE = LinkShape(max_rows=64, hidden_size=HIDDEN, top_k=TOP_K, wire_dtype="float32")
@@ -228,23 +230,126 @@ def test_a_hanging_workers_calls_go_to_another_replica_and_it_is_asked_last_from
         group.close()
 
 
-def test_an_exception_in_the_expert_code_is_told_and_the_worker_lives(start_workers):
-    workers = start_workers()
+def broken(call, out=None):
+    raise ValueError("expert 3 is broken")
+
+
+def test_an_exception_in_the_expert_code_sends_the_call_to_another_replica(start_workers):
+    workers = start_workers(replicas=2)
     group = workers.group()
-    half, healthy = workers.halves[0], workers.halves[0].forward
-
-    def broken(call, out=None):
-        raise ValueError("expert 3 is broken")
-
-    half.forward = broken
-    group.send(0, moe_call())
-    with pytest.raises(WorkerError, match="ValueError: expert 3 is broken"):
-        group.receive(0)
-    half.forward = healthy
-    group.begin_step(2)
+    workers.halves[0].forward = broken
     call = moe_call()
     group.send(0, call)
     torch.testing.assert_close(group.receive(0), expected(call))
+    assert group.timing.num_resent == 1
+    group.send(0, call)  # the other one is asked first from now on
+    torch.testing.assert_close(group.receive(0), expected(call))
+    assert group.timing.num_resent == 1
+    group.close()
+
+
+def test_an_exception_in_the_only_worker_sends_the_call_to_it_again_after_its_restart():
+    """As between processes: over a unix socket, to a worker that ends at its first failure and is started again."""
+    secret, half, listeners = b"s" * 32, ExpertRange(0, EXPERTS, 1.0), []
+    healthy, half.forward = half.forward, broken
+
+    def run_worker():
+        for _ in range(2):
+            listeners.append(SocketListener("ffn-0", "node", secret, host="127.0.0.1"))
+            worker = FFNWorker("ffn-0", half, listeners[-1], end_at_failure=True)
+            group.replace(
+                0, lambda timeout_s: connect(listeners[-1].endpoint, SHAPE, 0, secret, "shm", timeout_s)
+            )
+            workers.append(worker)
+            started.set()
+            worker.serve()
+            half.forward = healthy  # whatever broke, a restart has mended it
+
+    def not_yet(timeout_s):
+        raise WorkerDiedError("ffn-0", "not yet")
+
+    workers, started = [], threading.Event()
+    group = FFNGroup({0: not_yet}, GroupLayout(1, 1, EXPERTS), replica=0, dtype=torch.float32, timeout_s=20.0)
+    group.begin_step(1)
+    thread = threading.Thread(target=run_worker, daemon=True)
+    thread.start()
+    assert started.wait(10)
+    call = moe_call()
+    group.send(0, call)
+    torch.testing.assert_close(group.receive(0), expected(call))
+    assert [worker.failure for worker in workers] == ["ValueError: expert 3 is broken", ""]
+    group.close()
+    workers[1].stop()
+    thread.join(10)
+
+
+def test_a_call_that_no_worker_can_compute_ends_with_the_first_cause_after_a_few_failures(start_workers):
+    workers = start_workers(replicas=2)
+    group = workers.group()
+    failures = []
+
+    def breaks(index):
+        def forward(call, out=None):
+            failures.append(index)
+            raise ValueError(f"failure {len(failures)} of this call")
+
+        return forward
+
+    healthy = [half.forward for half in workers.halves]
+    for index, half in enumerate(workers.halves):
+        half.forward = breaks(index)
+    group.send(0, moe_call(layer=2))
+    with pytest.raises(WorkerFailedError, match=r"ffn-0, layer 2, step 1: ValueError: failure 1 of this call"):
+        group.receive(0)
+    assert failures == [0, 1, 0]
+    for half, forward in zip(workers.halves, healthy, strict=True):
+        half.forward = forward
+    group.begin_step(2)  # these workers live on
+    call = moe_call()
+    group.send(0, call)
+    torch.testing.assert_close(group.receive(0), expected(call))
+    group.close()
+
+
+def test_a_worker_given_up_fails_its_calls_at_once_with_the_reason(start_workers):
+    workers = start_workers()
+    group = workers.group(timeout_s=60.0)
+    group.connect()
+    call = moe_call(layer=3)
+    working, release = threading.Event(), threading.Event()
+
+    def dies(call, out=None):
+        working.set()
+        assert release.wait(10)
+        workers.workers[0].stop()
+        raise ValueError("and so it ends")
+
+    workers.halves[0].forward = dies
+    group.send(0, call)
+    assert working.wait(10)
+    group.give_up(0, "it died 10 times")  # the call is still with it
+    release.set()
+    with pytest.raises(WorkerGivenUpError, match="ffn-0, step 1: it died 10 times"):
+        group.receive(0)
+    group.begin_step(2)
+    with pytest.raises(WorkerGivenUpError):
+        group.send(0, call)
+    group.connect()  # an attention worker may still start
+    group.close()
+
+
+def test_a_replica_given_up_is_passed_over_and_one_that_comes_back_is_asked_again(start_workers):
+    workers = start_workers(replicas=2)
+    group = workers.group()
+    group.give_up(0, "it died 10 times")
+    call = moe_call()
+    group.send(0, call)
+    torch.testing.assert_close(group.receive(0), expected(call))
+    assert workers.halves[0].rows_seen == []
+    group.replace(0, workers.connector(0))
+    group.send(0, call)
+    torch.testing.assert_close(group.receive(0), expected(call))
+    assert workers.halves[0].rows_seen == [ROWS]
     group.close()
 
 

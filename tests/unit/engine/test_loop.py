@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 
 import pytest
 
@@ -163,3 +164,23 @@ def test_a_lost_block_is_reported_when_it_becomes_idle(running, caplog):
     assert checked.wait(DEADLINE_S)
     replica.loop.stop()
     assert any(record.exc_info and record.exc_info[0] is BlockAccountError for record in caplog.records)
+
+
+def test_it_is_busy_from_the_beginning_of_a_step_to_its_end_and_not_while_it_sleeps(running):
+    machine = running()
+    worker, loop = machine.worker, machine.loop
+    machine.submit("a", 1, 2)
+    machine.until_end("a")
+    deadline = time.monotonic() + DEADLINE_S
+    while loop.busy_since is not None:  # the update comes a moment before it sleeps
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    worker.gate.clear()
+    worker.entered.clear()
+    machine.submit("b", 3)
+    assert worker.entered.wait(DEADLINE_S)
+    began = loop.busy_since
+    assert began is not None
+    assert loop.busy_since == began
+    worker.gate.set()
+    machine.until_end("b")

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from afd_server.errors import WorkerError
+from afd_server.errors import WorkerDiedError, WorkerFailedError
 from afd_server.ffn.worker import FFNWorker, merge, next_batch
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import CallTag, LinkShape
@@ -97,10 +97,58 @@ def test_one_bad_call_does_not_fail_those_that_were_merged_with_it():
     thread = threading.Thread(target=worker.serve, daemon=True)
     thread.start()
     assert torch.equal(links[0].receive(tags[0], 10.0).y, torch.full((1, HIDDEN), 10.0))
-    with pytest.raises(WorkerError, match="13 is not to be computed"):
+    with pytest.raises(WorkerFailedError, match="13 is not to be computed"):
         links[1].receive(tags[1], 10.0)
     worker.stop()
     thread.join(10)
+
+
+def test_a_worker_that_is_to_be_restarted_tells_the_reason_and_ends():
+    class Broken(LayerTimesX):
+        def forward(self, call, out=None):
+            raise ValueError("the device is gone")
+
+    listener, tag = InprocListener("ffn-0"), CallTag(0, 1, 5, 0)
+    link = listener.connect(SHAPE, 0)
+    link.send(tag, routed_call(5, rows=1, value=1))
+    worker = FFNWorker("ffn-0", Broken(), listener, end_at_failure=True)
+    thread = threading.Thread(target=worker.serve, daemon=True)
+    thread.start()
+    with pytest.raises(WorkerFailedError, match="ValueError: the device is gone"):
+        link.receive(tag, 10.0)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert worker.failure == "ValueError: the device is gone"
+    with pytest.raises(WorkerDiedError):
+        listener.connect(SHAPE, 0)
+
+
+def test_how_long_it_has_been_at_one_batch():
+    class Slow(LayerTimesX):
+        def forward(self, call, out=None):
+            working.set()
+            assert release.wait(10)
+            return super().forward(call, out)
+
+    working, release = threading.Event(), threading.Event()
+    listener, tag = InprocListener("ffn-0"), CallTag(0, 1, 5, 0)
+    link = listener.connect(SHAPE, 0)
+    worker = FFNWorker("ffn-0", Slow(), listener)
+    with torch.inference_mode():
+        assert not worker.serve_once(0.0)
+    idle_at = worker.progressed_at
+    link.send(tag, routed_call(5, rows=1, value=1))
+    thread = threading.Thread(target=worker.serve, daemon=True)
+    thread.start()
+    assert working.wait(10)
+    busy_at = worker.progressed_at
+    assert busy_at >= idle_at
+    assert worker.progressed_at == busy_at  # it stays while the batch is computed
+    release.set()
+    link.receive(tag, 10.0)
+    worker.stop()
+    thread.join(10)
+    assert worker.progressed_at >= busy_at
 
 
 def test_next_batch_takes_the_oldest_layer_and_leaves_the_rest_in_order():

@@ -270,6 +270,38 @@ async def test_a_new_request_does_not_wait_for_ever(clients):
         assert not router._orphans
 
 
+async def test_when_every_replica_is_given_up_whoever_waits_hears_why_at_once(clients):
+    async with Router(clients) as router:
+        clients[1].die()
+        await until(router.health)
+        router.give_up("attention-1", "attention-1 died 10 times")
+        assert router.is_serving()
+        assert router.health() == []  # whoever gave it up says so
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        clients[0].die()
+        await until(router.health)
+        assert not router.is_serving()
+        assert not reader.task.done()  # attention-0 may come back
+        router.give_up("attention-0", "attention-0 died 10 times")
+        with pytest.raises(UnavailableError, match="attention-0 died 10 times"):
+            await reader.task
+        with pytest.raises(UnavailableError, match="attention-1 died 10 times"):
+            await anext(router.generate(make_request("b")))
+
+
+async def test_requests_that_a_lost_replica_had_are_counted(clients):
+    lost = []
+    async with Router(clients, on_lost=lambda name, requests: lost.append((name, requests))) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        clients[0].die()
+        await until(lambda: clients[1].submitted)
+        clients[1].give("a", 5, end="stop")
+        await reader.task
+    assert lost == [("attention-0", 1)]
+
+
 async def test_an_error_of_the_replica_is_passed_on_and_not_repeated(clients):
     async with Router(clients) as router:
         reader = Reader(router, make_request("a"))

@@ -26,6 +26,36 @@ def test_the_state_of_replicas():
     assert value(metrics, "kv_cache_usage_perc", engine="attention-1") == 0
 
 
+def test_nothing_runs_at_a_replica_that_is_down():
+    metrics = Metrics("m")
+    metrics.observe_step("attention-0", ReplicaStats(num_running=3, num_waiting=2, num_blocks=10))
+    metrics.workers.up("attention-0", "attention")
+    metrics.workers.down("attention-0", "attention")
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert value(metrics, name, engine="attention-0") == 0
+    assert value(metrics, "worker_up", worker="attention-0", role="attention") == 0
+    metrics.workers.down("ffn-0", "ffn")  # it has no such gauges
+    assert value(metrics, "num_requests_running", engine="ffn-0") is None
+
+
+def test_a_worker_that_has_left_is_not_shown_as_down():
+    metrics = Metrics("m")
+    metrics.workers.up("ffn-2", "ffn")
+    metrics.workers.unplaced("ffn-2", "too little CPU")
+    metrics.workers.forget("ffn-2")
+    assert value(metrics, "worker_up", worker="ffn-2") is None
+    assert value(metrics, "workers_unplaced", worker="ffn-2") is None
+
+
+def test_calls_and_requests_sent_again():
+    metrics = Metrics("m")
+    metrics.observe_step("a", ReplicaStats(timing=StepTiming(1.0, num_resent=2)))
+    metrics.observe_step("a", ReplicaStats(timing=StepTiming(1.0, num_resent=1)))
+    metrics.observe_lost("a", 7)
+    assert value(metrics, "ffn_calls_resent_total", engine="a") == 3
+    assert value(metrics, "requests_resubmitted_total", engine="a") == 7
+
+
 def test_totals_become_counters_across_a_restart():
     metrics = Metrics("m")
     first = ReplicaStats(num_preemptions=2, prefix_cache_queried_tokens=100, prefix_cache_hit_tokens=40)
