@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from afd_server.cluster.placement import START_POLL_S, Deadline
-from afd_server.cluster.watch import Member, first_line
+from afd_server.cluster.watch import Member, first_line, is_final
 from afd_server.errors import StartError
 
 # For a process to come up. It imports torch, from a disk that may be slow; a process that cannot start is tried again and
@@ -60,7 +60,7 @@ def _ask_all(
 
 def _why_ended(error: RayError) -> str:
     """Of a process that is gone. One that raised in its constructor has left a traceback, whose last line is the cause."""
-    if "creation task" in str(error):
+    if is_final(error):
         return first_line(error)
     return (
         "its process ended while it loaded: killed, maybe for want of memory, or crashed (the log may say more)"

@@ -15,11 +15,11 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import RayError
 
-from afd_server.cluster.watch import Kind, Member, Role, first_line, next_pulse, trouble
+from afd_server.cluster.watch import Kind, Member, Role, first_line, is_final, next_pulse, trouble
 from afd_server.config import ServeConfig
-from afd_server.errors import WorkerError
+from afd_server.errors import WorkerError, WorkerTimeoutError
 from afd_server.router.router import Router
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.base import Endpoint
@@ -161,6 +161,7 @@ class Supervisor:
     async def _watch(self, member: Member) -> None:
         while True:
             kind, reason = await trouble(member, self._config)
+            member.life = None
             self._goes_down(member, reason)
             if kind != "died":
                 self._end(member, restart=True)
@@ -195,27 +196,35 @@ class Supervisor:
         return False
 
     async def _find_process(self, member: Member) -> None:
-        """Returns when the member has a process, and not one that is being killed. Raises RayError if Ray gives it up.
+        """Returns when the member has a process, and not one that is being killed. Raises WorkerTimeoutError if there is
+        none within --start-timeout, and RayError if there will be none.
 
         Ray may look for a place for as long as it takes, which is said with what is missing, and costs no restart.
         """
         since = time.monotonic()
-        while True:
-            try:
-                pulse = await next_pulse(member, EXPLAIN_AFTER_S)
-            except ActorDiedError:
-                raise
-            except RayError:  # not yet
-                pulse = None
-            if pulse is not None and pulse.process != member.ended:
-                self._say_unplaced(member, "")
-                if member.pulse is None or pulse.process != member.pulse.process:
-                    member.life = member.actor.sentinel.remote()  # before anything else that is asked of it
-                member.pulse = pulse
-                return
-            if time.monotonic() - since >= EXPLAIN_AFTER_S:
+        while not await self._has_process(member):
+            if (now := time.monotonic()) - since >= EXPLAIN_AFTER_S:
                 self._say_unplaced(member, await asyncio.to_thread(self._processes.why_unplaced, member))
+            if member.unplaced:
+                since = now - EXPLAIN_AFTER_S
+            elif now - since >= self._config.start_timeout:
+                raise WorkerTimeoutError(member.name, f"no process within {self._config.start_timeout:g} s")
             await asyncio.sleep(NEW_PROCESS_POLL_S)
+        self._say_unplaced(member, "")
+
+    async def _has_process(self, member: Member) -> bool:
+        try:
+            pulse = await next_pulse(member, EXPLAIN_AFTER_S)
+        except RayError as error:
+            if is_final(error):
+                raise
+            return False
+        if pulse is None or pulse.process == member.ended:
+            return False
+        if member.life is None or member.pulse is None or pulse.process != member.pulse.process:
+            member.life = member.actor.sentinel.remote()  # before anything else that is asked of it
+        member.pulse = pulse
+        return True
 
     async def _hopeful_ffn(self, member: Member) -> None:
         """An attention worker is loaded when there is an FFN side to connect to, or is about to be."""

@@ -50,7 +50,7 @@ class Member:
     """One actor of the cluster.
 
     index: among those of its role. life: a call that ends only with the actor's process or its worker, taken before that
-    worker is loaded. endpoint and info: of the last load, None before the first. pulse: of the last heartbeat, and so of
+    worker is loaded; None when it has ended. endpoint and info: of the last load, None before the first. pulse: of the last heartbeat, and so of
     the present process; ended: names a process that is being killed. down_since (monotonic seconds) and reason while it is not serving;
     unplaced: what it lacks to be placed; given_up: nobody brings it back.
     """
@@ -146,4 +146,10 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, RayTaskError):
         error = error.cause
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1] if "creation task" in lines[0] else lines[0]  # a constructor's traceback ends in the cause
+    return lines[-1] if is_final(error) else lines[0]  # a constructor's traceback ends in the cause
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether the actor's constructor raised. Ray starts no other process then; after any other death it does, although it
+    may call the actor dead until it knows better."""
+    return "creation task" in str(error)

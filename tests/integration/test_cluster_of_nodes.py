@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 import yaml
 
@@ -31,9 +33,31 @@ NODE_TIMEOUT_S = 60.0
 PROMPT = list(range(3, 30))
 
 
+class Cluster:
+    """A head without CPUs and two nodes with a resource each."""
+
+    def __init__(self, port, nodes):
+        self.address = f"127.0.0.1:{port}"
+        self._nodes = nodes
+        self._by_resource = {}
+
+    def start_node(self, resource):
+        resources = json.dumps({resource: 1})
+        node = ray_node(f"--address={self.address}", "--num-cpus=1", f"--resources={resources}")
+        self._by_resource[resource] = node.__enter__()
+        self._nodes.push(node.__exit__)
+
+    def kill_node(self, resource):
+        """With all its processes, at once."""
+        process = psutil.Process(self._by_resource[resource].pid)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """The address of a head without CPUs and two nodes with a resource each, joined by a token, as in the compose file."""
+    """Joined by a token, as in the compose file."""
     with pytest.MonkeyPatch.context() as environment, contextlib.ExitStack() as nodes:
         token = tmp_path_factory.mktemp("secrets") / "ray-auth-token"
         token.write_text(secrets.token_hex(32))
@@ -42,17 +66,15 @@ def cluster(tmp_path_factory):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         nodes.enter_context(ray_node("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"))
+        cluster = Cluster(port, nodes)
         for resource in ("attention", "ffn"):
-            resources = json.dumps({resource: 1})
-            nodes.enter_context(
-                ray_node(f"--address=127.0.0.1:{port}", "--num-cpus=1", f"--resources={resources}")
-            )
-        yield f"127.0.0.1:{port}"
+            cluster.start_node(resource)
+        yield cluster
 
 
 @contextlib.contextmanager
 def ray_node(*flags):
-    """`ray start --block` until the end of the block."""
+    """`ray start --block` until the end of the block; gives its process."""
     command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats", *flags]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -60,7 +82,7 @@ def ray_node(*flags):
         while "Ray runtime started" not in _text(log):
             assert process.poll() is None and time.monotonic() < deadline, _text(log)
             time.sleep(0.1)
-        yield
+        yield process
         process.terminate()
         process.wait(NODE_TIMEOUT_S)
 
@@ -84,7 +106,7 @@ def serve_flags(address):
 def test_each_role_on_its_own_node(cluster, tmp_path):
     directory = write_checkpoint("mixtral", tmp_path / "mixtral")
     write_tokenizer(directory)
-    flags = serve_flags(cluster)
+    flags = serve_flags(cluster.address)
     with Server(directory, *flags, "--max-model-len", 64, "--device", "cpu") as server:
         assert "transport  tcp" in server.log()
         choice = server.complete(PROMPT, max_tokens=8, temperature=0, ignore_eos=True, return_token_ids=True)
@@ -98,8 +120,40 @@ def test_each_role_on_its_own_node(cluster, tmp_path):
 def test_a_cluster_without_the_resource_is_said_in_one_line(cluster, tmp_path):
     directory = write_checkpoint("llama", tmp_path / "llama")
     write_tokenizer(directory)
-    result = afd("serve", directory, "--port", 0, "--ray-address", cluster,
+    result = afd("serve", directory, "--port", 0, "--ray-address", cluster.address,
                  "--attention-resource", "big-memory", "--placement-timeout", 5)  # fmt: skip
     assert result.returncode == 2
     assert "big-memory" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+def test_a_lost_node_is_said_with_what_is_missing_and_a_new_one_takes_its_worker(cluster, tmp_path):
+    directory = write_checkpoint("llama", tmp_path / "llama")
+    write_tokenizer(directory)
+    flags = serve_flags(cluster.address)
+    with Server(
+        directory, *flags, "--max-model-len", 64, "--device", "cpu", "--served-model-name", "m"
+    ) as server:
+
+        def complete():
+            return server.complete(PROMPT, max_tokens=8, temperature=0, ignore_eos=True, return_token_ids=True)
+
+        def health(status, *words):
+            """Waits until /health says so."""
+            deadline = time.monotonic() + NODE_TIMEOUT_S
+            while True:
+                answer = httpx.get(f"{server.url}/health", timeout=30)
+                if answer.status_code == status and all(word in answer.text for word in words):
+                    return
+                assert time.monotonic() < deadline, answer.text
+                time.sleep(0.1)
+
+        undisturbed = complete()["token_ids"]
+        cluster.kill_node("ffn")
+        health(503, "ffn-0", "cannot be placed", "too little", "start a node that offers it")
+        assert server.metric("afd:workers_unplaced", worker="ffn-0") == 1
+        assert "ffn-0 cannot be placed" in server.log()
+        cluster.start_node("ffn")
+        health(200)
+        assert complete()["token_ids"] == undisturbed
+        assert server.stop() == 0

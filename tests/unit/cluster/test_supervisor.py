@@ -9,7 +9,7 @@ import contextlib
 
 import pytest
 from prometheus_client import CollectorRegistry
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayActorError
 
 from afd_server.cluster.actors import Pulse
 from afd_server.cluster.restarts import Restarts
@@ -41,7 +41,7 @@ class Life:
 class Actor:
     """A process that dies when told, or stands still, or hangs; `end` makes another of it.
 
-    failures: raised by the next loads, one after the other. absent: Ray has no place for the next process.
+    failures: raised by the next loads, one after the other. absent: what Ray says while it has no place for it.
     """
 
     def __init__(self, name, attention):
@@ -50,7 +50,8 @@ class Actor:
         self.told = []
         self.failures = []
         self.ends = []
-        self.deaf = self.stopped = self.absent = False
+        self.deaf = self.stopped = False
+        self.absent = None
         self.stalled_s = 0.0
         self._attention = attention
         self._processes = 1
@@ -80,7 +81,7 @@ class Actor:
 
     async def _heartbeat(self):
         if self.absent:
-            raise ActorUnavailableError("it is being restarted", None)
+            raise self.absent
         if self.stopped:
             await asyncio.Event().wait()
         return Pulse(f"process {self._processes}", "node", self._processes, self.stalled_s)
@@ -405,16 +406,17 @@ async def test_a_load_that_hangs_is_ended_and_tried_again():
         await until(lambda: cluster.supervisor.health() == [])
 
 
-async def test_a_worker_without_a_place_is_said_with_what_is_missing_and_costs_no_restart():
+@pytest.mark.parametrize("absence", [ActorUnavailableError("restarting", None), ActorDiedError()], ids=type)
+async def test_a_worker_without_a_place_is_said_with_what_is_missing_and_costs_no_restart(absence):
     async with supervised(max_restarts=1) as cluster:
         cluster.missing = "too little ffn"
-        cluster.ffn[1].actor.absent = True
+        cluster.ffn[1].actor.absent = absence
         cluster.ffn[1].actor.die()
         await until(lambda: any("too little ffn" in line for line in cluster.supervisor.health()))
         assert cluster.metric("afd:workers_unplaced", worker="ffn-1", missing="too little ffn") == 1
         assert cluster.metric("afd:worker_up", worker="ffn-1", role="ffn") == 0
         cluster.missing = ""
-        cluster.ffn[1].actor.absent = False
+        cluster.ffn[1].actor.absent = None
         await until(lambda: cluster.supervisor.health() == [])
         assert cluster.metric("afd:workers_unplaced", worker="ffn-1", missing="too little ffn") is None
         assert cluster.metric("afd:worker_up", worker="ffn-1", role="ffn") == 1
@@ -424,7 +426,7 @@ async def test_a_worker_without_a_place_is_said_with_what_is_missing_and_costs_n
 
 async def test_an_attention_worker_that_could_not_connect_for_want_of_ffn_workers_loses_no_restart():
     async with supervised(max_restarts=1, ffn_workers=2) as cluster:
-        cluster.ffn[0].actor.absent = True
+        cluster.ffn[0].actor.absent = ActorUnavailableError("restarting", None)
         cluster.ffn[0].actor.die()
         await until(lambda: not cluster.supervisor.is_serving())
         cluster.attention[0].actor.failures = [RayActorError("ffn-0 is out of reach")] * 3
@@ -432,3 +434,20 @@ async def test_an_attention_worker_that_could_not_connect_for_want_of_ffn_worker
         await until(lambda: cluster.replaced)
         assert len(cluster.attention[0].actor.loads) == 4
         assert cluster.given_up == {}
+
+
+async def test_a_process_that_never_comes_costs_restarts_although_it_has_a_place():
+    async with supervised(max_restarts=2, start_timeout=0.05) as cluster:
+        cluster.ffn[0].actor.absent = ActorDiedError()
+        cluster.ffn[0].actor.die()
+        await until(lambda: cluster.ffn[0].given_up)
+        assert "no process within 0.05 s" in cluster.supervisor.refusal()
+
+
+async def test_a_constructor_that_raises_is_said_with_its_cause():
+    async with supervised(max_restarts=2) as cluster:
+        trace = "The actor died because of an error raised in its creation task\n  File ...\nOSError: no space"
+        cluster.ffn[0].actor.absent = ActorUnavailableError(trace, None)
+        cluster.ffn[0].actor.die()
+        await until(lambda: cluster.ffn[0].given_up)
+        assert "OSError: no space" in cluster.supervisor.refusal()
