@@ -28,7 +28,7 @@ class Kind(StrEnum):
     KILL_ALL = "kill every worker"
     FREEZE_FFN = "freeze an FFN worker"
     FREEZE_ATTENTION = "freeze an attention worker"
-    FREEZE_AGAIN = "kill a worker, then freeze while it restarts"
+    FREEZE_OTHER = "kill a worker, then freeze one of the other kind"
     STOP_FFN = "stop an FFN worker for a moment"
     STOP_ATTENTION = "stop an attention worker for a moment"
     STOP_BOTH = "stop one of each for a moment"
@@ -117,9 +117,9 @@ def _blows(kind: Kind, layout: Layout, dice: random.Random) -> tuple[Blow, ...]:
             return (one(Role.FFN, math.inf),)
         case Kind.FREEZE_ATTENTION:
             return (one(Role.ATTENTION, math.inf),)
-        case Kind.FREEZE_AGAIN:
-            role = dice.choice(tuple(Role))
-            return (one(role), one(role, math.inf, dice.uniform(0, AGAIN_WITHIN_S)))
+        case Kind.FREEZE_OTHER:
+            killed, frozen = dice.sample(tuple(Role), 2)
+            return (one(killed), one(frozen, math.inf, dice.uniform(0, AGAIN_WITHIN_S)))
         case Kind.STOP_FFN:
             return (one(Role.FFN, moment_s()),)
         case Kind.STOP_ATTENTION:
