@@ -63,6 +63,7 @@ class Supervisor:
         self._ffn_version = 1
         self._tasks: asyncio.TaskGroup | None = None  # while it runs
         self._watches: dict[Member, asyncio.Task[None]] = {}
+        self._loading: set[Member] = set()  # attention workers, members or to become ones
         self._router: Router | None = None
         self._metrics: WorkerMetrics | None = None
 
@@ -111,7 +112,8 @@ class Supervisor:
         Each of them has it in its queue when this returns, and if it confirms in time, no call under way to one that left.
         """
         self._ffn_version += 1
-        await asyncio.gather(*(self._tell(member) for member in self.members("attention")))
+        listeners = {*self.members("attention"), *self._loading}
+        await asyncio.gather(*(self._tell(member) for member in listeners))
 
     async def load_attention(self, member: Member) -> ControlClient:
         """Loads an attention worker and connects to it. Raises RayError or WorkerError.
@@ -119,7 +121,11 @@ class Supervisor:
         It is to be a member, and up, before anything else is awaited: until then nobody tells it of FFN workers.
         """
         version, endpoints, given_up = self.ffn_endpoints()
-        endpoint, info, _ = await member.actor.load.remote(version, endpoints, given_up)
+        self._loading.add(member)  # it may wait for FFN workers that restart meanwhile
+        try:
+            endpoint, info, _ = await member.actor.load.remote(version, endpoints, given_up)
+        finally:
+            self._loading.discard(member)
         member.serves_at(endpoint, info)
         client = await self._processes.connect_to(member)
         while version != self._ffn_version:  # what changed meanwhile may have been told to the process before

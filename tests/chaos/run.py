@@ -113,8 +113,8 @@ async def _stream_while_harmed(
 
 
 def _http(server: Server) -> httpx.AsyncClient:
-    """A connection a client, all closed at the end."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    """A new connection for each request: the server may close one that is kept just when it is to be used again."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=server.url, timeout=LOST_AFTER_S, limits=limits)
 
 
