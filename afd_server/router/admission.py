@@ -7,7 +7,8 @@ those who wait (fair_queue.py). Nothing here runs without a promise of time per 
 A replica takes a request when one more keeps the pace, and when what it has still to read fits its next steps: so requests
 wait here, where priority, fairness and deadlines hold, not in a replica. From each replica's forecast follow, for p prompt
 and o output tokens, the seconds of its steps that they take: p * prompt_token_s + o * request_s, of the limit_s - base_s
-that a step of limit_s has for them. The wait is the work of those ahead, at the speed of all replicas together.
+that a step of limit_s has for them. The wait is the work of those ahead, at the speed of all replicas together. What first
+tokens really took corrects it: forecasts know neither what else slows the machine down nor who will overtake.
 
 A request whose first token is predicted after `--ttft-sla-ms` is refused at once, one that has waited so long that it would
 be is refused then, and beyond `--max-queue-len` the last in order is. A replica that has nothing to do takes anything,
@@ -32,6 +33,11 @@ from afd_server.types import GenerationRequest, StepForecast
 
 # What a replica may have to read, in steps: one that runs, and the one that is planned when it ends.
 READ_AHEAD_STEPS = 2
+# Of the promise of the first token: for what the prediction does not know.
+MARGIN = 0.1
+# So much of what is known of earlier predictions is left after each further one, and the correction that follows is bounded.
+MEMORY = 0.95
+CORRECTIONS = (0.5, 4.0)
 # The longest wait where no promise of the first token bounds it.
 QUEUE_TIMEOUT_S = 600.0
 # The length of outputs that is assumed before one has ended.
@@ -104,18 +110,22 @@ class Admission:
         self._clock = clock
         self._queue = FairQueue()
         self._queued: dict[Stream, tuple[Waiting, asyncio.TimerHandle]] = {}
+        self._unanswered: dict[Stream, tuple[float, float]] = {}  # when it came, and the uncorrected prediction
+        self._taken_s = self._predicted_s = 1.0
         self._output_tokens = OUTPUT_TOKENS
 
     def enter(self, stream: Stream, fleet: Fleet) -> None:
         """Places the request, or lets it wait: then it is placed later, or fails. Raises OverloadedError."""
         request, loads = stream.request, fleet.loads()
-        waiting = self._queue.add(stream, self._cost_tokens(request), self._clock())
+        now_s = self._clock()
+        waiting = self._queue.add(stream, self._cost_tokens(request), now_s)
         prediction = self._predict(waiting, loads)
-        late = self._ttft_sla_s is not None and prediction.ttft_s > self._ttft_sla_s
+        late = self._ttft_sla_s is not None and prediction.ttft_s > (1 - MARGIN) * self._ttft_sla_s
         if late and all(load.num_requests for load in loads):
             self._queue.drop(waiting)
             raise self._refusal("ttft_predicted", prediction)
         wait_s = self._longest_wait_s(request, loads)
+        self._unanswered[stream] = now_s, prediction.ttft_s / self._correction
         timer = asyncio.get_running_loop().call_later(wait_s, self._expire, stream, fleet)
         self._queued[stream] = waiting, timer
         self.advance(fleet)
@@ -145,13 +155,26 @@ class Admission:
 
     def leave(self, stream: Stream) -> None:
         """It does not wait any more, if it did."""
+        self._unanswered.pop(stream, None)
         if stream in self._queued:
             self._queue.drop(self._queued[stream][0])
             self._forget(stream)
 
+    def note_output(self, stream: Stream) -> None:
+        """It has got tokens. Where they are the first, they tell how good the prediction was."""
+        if stream in self._unanswered:
+            came_s, predicted_s = self._unanswered.pop(stream)
+            self._taken_s = MEMORY * self._taken_s + self._clock() - came_s
+            self._predicted_s = MEMORY * self._predicted_s + predicted_s
+
     def note_end(self, num_output_tokens: int) -> None:
         """A request has ended with so many tokens."""
         self._output_tokens += SMOOTHING * (num_output_tokens - self._output_tokens)
+
+    @property
+    def _correction(self) -> float:
+        least, most = CORRECTIONS
+        return min(max(self._taken_s / max(self._predicted_s, 1e-9), least), most)
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -189,16 +212,12 @@ class Admission:
         return min(request.sampling.max_tokens, self._output_tokens)
 
     def _longest_wait_s(self, request: GenerationRequest, loads: Sequence[ReplicaLoad]) -> float:
-        """After it, even an idle replica gives the first token too late."""
+        """After it the first token comes too late, if the prompt is read beside others."""
         if self._ttft_sla_s is None:
             return QUEUE_TIMEOUT_S
-        prompt_tokens = len(request.prompt_token_ids)
-        alone_s = [
-            load.forecast.base_s + prompt_tokens * load.forecast.prompt_token_s
-            for load in loads
-            if load.forecast
-        ]
-        return max(0.0, self._ttft_sla_s - min(alone_s, default=0.0))
+        own = len(request.prompt_token_ids), self._expected_output(request)
+        own_s = [work_s(load.forecast, *own) + load.forecast.limit_s for load in loads if load.forecast]
+        return max(0.0, self._ttft_sla_s - self._correction * min(own_s, default=0.0))
 
     def _predict(self, waiting: Waiting, loads: Sequence[ReplicaLoad]) -> Prediction:
         """What the forecasts say, as far as there are any."""
@@ -211,8 +230,9 @@ class Admission:
         speeds = [1 / max(work_s(forecast, prompt_tokens, output_tokens), 1e-9) for _, forecast in known]
         request = waiting.stream.request
         own = len(request.prompt_token_ids), self._expected_output(request)
+        wait_s = 1 / sum(speeds) if ahead else 0.0
         return Prediction(
-            (1 / sum(speeds) if ahead else 0.0) + min(_reading_s(load, *own) for load, _ in known),
+            self._correction * (wait_s + min(_reading_s(load, *own) for load, _ in known)),
             min(forecast.base_s + (load.num_requests + 1) * forecast.request_s for load, forecast in known),
         )
 

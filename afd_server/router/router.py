@@ -223,6 +223,8 @@ class Router:
             if stream is None:
                 continue  # its client has left
             stream.put(output)
+            if self._admission is not None:
+                self._admission.note_output(stream)
             if output.finish_reason is not None:
                 del replica.streams[output.request_id]
                 if self._admission is not None:

@@ -172,6 +172,28 @@ async def test_who_has_waited_in_vain_is_refused_then():
     assert drain(admission, fleet) == []
 
 
+async def test_a_prediction_that_was_too_good_makes_the_next_ones_more_careful():
+    async def num_accepted(slower):
+        clock = Clock()
+        admission, _ = an_admission(ttft_sla_s=3.0, clock=clock)
+        for number in range(60):
+            stream = a_stream(f"past{number}")
+            admission.enter(stream, Fleet(replace(FULL, num_requests=39)))
+            clock.now += slower * 0.2625  # which is predicted
+            admission.note_output(stream)
+        fleet = Fleet(FULL)
+        for count in range(1000):
+            try:
+                admission.enter(a_stream(str(count)), fleet)
+            except OverloadedError:
+                return count
+        raise AssertionError("nobody was refused")
+
+    assert await num_accepted(1.0) == 10
+    assert await num_accepted(2.0) == 5
+    assert await num_accepted(0.7) == 14
+
+
 async def test_a_client_that_left_does_not_wait():
     admission, metrics = an_admission()
     fleet = Fleet(FULL)
