@@ -20,15 +20,17 @@ from afd_server.engine.step_time import StepTimeModel, StepWork
 from afd_server.types import StepForecast
 
 # Of the promise: for the way to the client, and for what a model does not know.
-MARGIN = 0.1
+MARGIN = 0.15
 # What was saved or lost is spent or made good over this many steps.
 HORIZON_STEPS = 8
 # The shortest and the longest step that is aimed at, in steps of the promised pace.
 SHORTEST, LONGEST = 0.5, 2.0
+# Tokens of a prompt that go into a step in any case, so that nobody who was admitted waits for long.
+LEAST_TOKENS = 16
 # The share of a request that ends in the mean length of outputs.
 SMOOTHING = 0.05
 # Steps between two forecasts.
-FORECAST_STEPS = 8
+FORECAST_STEPS = 4
 
 
 class StepBudget:
@@ -39,10 +41,12 @@ class StepBudget:
         self._model = model
         self._limit_s = limit_s
         self._work = StepWork()
+        self._has_prompts = False
 
     def take(self, start: int, tokens: int, samples: bool) -> None:
         """A request's part goes into the step."""
         self.tokens -= tokens
+        self._has_prompts |= tokens > 1
         self._work += StepWork.part(start, tokens, samples)
 
     def close(self) -> None:
@@ -54,7 +58,8 @@ class StepBudget:
         most = min(wanted, self.tokens)
         if math.isinf(self._limit_s) or not self._work.tokens or self._fits(start, most, wanted):
             return most
-        return largest(lambda tokens: self._fits(start, tokens, wanted), most)
+        fitting = largest(lambda tokens: self._fits(start, tokens, wanted), most)
+        return fitting if self._has_prompts else min(most, max(fitting, LEAST_TOKENS))
 
     def _fits(self, start: int, tokens: int, wanted: int) -> bool:
         work = self._work + StepWork.part(start, tokens, samples=tokens == wanted)
@@ -81,6 +86,7 @@ class Pace:
         self._mean_output_tokens = 0.0
         self._mean_context_tokens = 0.0
         self._num_ended = 0
+        self._room_s = self._target_s  # for newcomers: less while somebody is behind
         self._forecast: StepForecast | None = None
         self._forecast_in_steps = 0
 
@@ -91,6 +97,7 @@ class Pace:
     def begin_step(self, max_tokens: int, decoding: Sequence[RequestState]) -> StepBudget:
         """The budget of a step in which these requests get a token each."""
         limit_s = self._limit_s(decoding) if self.promises and decoding else math.inf
+        self._room_s = min(limit_s, self._target_s)
         return StepBudget(max_tokens, self._model, limit_s)
 
     def has_room(self, running: Sequence[RequestState], state: RequestState) -> bool:
@@ -99,7 +106,7 @@ class Pace:
             return True
         known = len(state.token_ids) + sum(len(other.token_ids) for other in running)
         count = len(running) + 1
-        return self._decode_s(count, known / count + self._mean_output_tokens / 2) <= self._target_s
+        return self._decode_s(count, known / count + self._mean_output_tokens / 2) <= self._room_s
 
     def note_tokens(self, states: Iterable[RequestState]) -> None:
         """These have just got a token."""
@@ -145,7 +152,7 @@ class Pace:
     def _new_forecast(self) -> StepForecast:
         """The model along two lines: decoding requests of the usual context, and prompt tokens beside half of them."""
         context = max(1.0, self._mean_context_tokens - self._mean_output_tokens / 2)
-        most = largest(lambda count: self._decode_s(count, context) <= self._target_s, self._max_requests)
+        most = largest(lambda count: self._decode_s(count, context) <= self._room_s, self._max_requests)
         one_s = self._decode_s(1, context)
         if most <= 1:  # one at a time, however long it takes
             base_s, request_s = 0.0, one_s
@@ -156,14 +163,12 @@ class Pace:
         beside = StepWork(half, half * context, 0, half)
         beside_s = self._model.predict_s(beside)
         chunk = 1 + largest(
-            lambda tokens: (
-                self._model.predict_s(beside + StepWork.part(0, tokens + 1, False)) <= self._target_s
-            ),
+            lambda tokens: self._model.predict_s(beside + StepWork.part(0, tokens + 1, False)) <= self._room_s,
             max(1, int(context)),
         )
         chunk_s = self._model.predict_s(beside + StepWork.part(0, chunk, False)) - beside_s
         return StepForecast(
-            limit_s=max(self._target_s, one_s),
+            limit_s=max(self._room_s, one_s),
             base_s=base_s,
             request_s=request_s,
             prompt_token_s=chunk_s / chunk,
