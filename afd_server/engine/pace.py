@@ -5,8 +5,9 @@ forecast that the router admits by. What does not: the prediction itself (step_t
 budget (scheduler.py, the caller).
 
 The promise is about a request's mean time per token. A step therefore aims at the promise less MARGIN, and may be longer
-or must be shorter by a part of what the request that is furthest behind has saved or lost so far. A request whose promise
-cannot be kept any more holds nobody up.
+or must be shorter by a part of what the request that is furthest behind has saved or lost so far; while somebody is behind,
+newcomers wait. A prompt gets LEAST_TOKENS of every step all the same, and a request whose promise cannot be kept any more
+holds nobody up.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ A decoding request that needs a block when none is free takes those of the reque
 itself included, but never of the oldest that runs: that one is preempted, and computed again when there is room. Nobody
 starves. While the oldest request of all waits, nobody else is admitted; of those that run the oldest is never preempted,
 so it ends, and then the next; at last the one that waits fits, since a request of full length fits the cache alone. Once it
-runs it is the oldest that runs. Its prompt is read before any other, and when steps have no time for prompts, then only until
-the decoding requests end, for no new one can begin before it.
+runs it is the oldest that runs, and of the time of a step that is left for prompts, which is never none, its own gets all.
 """
 
 from __future__ import annotations
