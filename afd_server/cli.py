@@ -1,4 +1,4 @@
-"""The command line: `afd serve`, `afd chat`, `afd convert`, `afd upcycle`.
+"""The command line: `afd serve`, `afd workers`, `afd scale`, `afd restart`, `afd chat`, `afd convert`, `afd upcycle`.
 
 What lives here: flags, the configuration file, and the one clear line that a mistake ends in (exit code 2). What does
 not: anything that a command does. Each command imports its room only when it runs, so that `--help` is quick.
@@ -246,8 +246,49 @@ def upcycle(argv: Sequence[str]) -> int:
     return 0
 
 
+def _admin_parser(command: str, about: str) -> Parser:
+    parser = Parser(prog=f"afd {command}", description=about)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server. Default: %(default)s")
+    parser.add_argument("--api-key", help="the key the server asks for")
+    return parser
+
+
+def scale(argv: Sequence[str]) -> int:
+    parser = _admin_parser("scale", "Add or remove workers of a running server. No request fails of it.")
+    parser.add_argument("--attention-workers", type=int, metavar="N", help="how many there shall be")
+    parser.add_argument(
+        "--ffn-replicas", type=int, metavar="N", help="how many copies of the FFN side there shall be"
+    )
+    given = parser.parse_args(list(argv))
+    names = ("attention_workers", "ffn_replicas")
+    numbers = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    if not numbers:
+        parser.error("give --attention-workers or --ffn-replicas")
+    from afd_server.admin import change
+
+    return change(given.url, given.api_key, "/admin/scale", numbers)
+
+
+def restart(argv: Sequence[str]) -> int:
+    about = "Give every worker of a running server a new process, one after the other. No request fails of it."
+    given = _admin_parser("restart", about).parse_args(list(argv))
+    from afd_server.admin import change
+
+    return change(given.url, given.api_key, "/admin/restart", None)
+
+
+def workers(argv: Sequence[str]) -> int:
+    given = _admin_parser("workers", "Show the workers of a running server.").parse_args(list(argv))
+    from afd_server.admin import show_workers
+
+    return show_workers(given.url, given.api_key)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "serve": (serve, "start a server"),
+    "workers": (workers, "show a running server's workers"),
+    "scale": (scale, "add or remove them"),
+    "restart": (restart, "renew them one by one"),
     "chat": (chat, "talk to a running server"),
     "convert": (convert, "GGUF file to Hugging Face directory"),
     "upcycle": (upcycle, "dense checkpoint to mixture of experts"),

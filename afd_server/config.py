@@ -107,6 +107,17 @@ class ServeConfig:
     placement_timeout: float = option(
         15.0, "cluster", "seconds that the cluster may take, at a start, to offer what the workers need"
     )
+    drain_timeout: float = option(
+        30.0, "cluster", "seconds that requests may finish on a worker that leaves; then they move to another"
+    )
+    attach: bool | None = option(
+        None,
+        "cluster",
+        "attach to running workers whose front-end has ended, or fail; default: if the same command started them",
+    )
+    orphan_timeout: float = option(
+        60.0, "cluster", "seconds for which workers outlive a front-end that was killed"
+    )
     start_timeout: float = option(
         300.0, "cluster", "seconds that the workers may take to load, at a start or one of them at a restart"
     )
@@ -154,6 +165,8 @@ class ServeConfig:
             raise ConfigError(
                 "--transport", f"{self.transport} joins workers of one process", "add --executor local"
             )
+        if self.attach and self.executor == "local":
+            raise ConfigError("--attach", "workers of --executor local end with their process")
         if self.quantization and (self.kernels == "torch" or self.device == "cuda"):
             raise ConfigError("--quantization", "needs the CPU kernels", "use --device cpu --kernels native")
         if self.max_num_batched_tokens < self.max_num_seqs:

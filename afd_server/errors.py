@@ -61,6 +61,20 @@ class ModelNotFoundError(RequestError):
     code = "model_not_found"
 
 
+class ChangeUnderWayError(RequestError):
+    """The workers are being changed already."""
+
+    status = 409
+    code = "change_under_way"
+
+
+class CannotScaleError(RequestError):
+    """The workers that are asked for cannot be had; nothing has changed."""
+
+    status = 409
+    code = "cannot_scale"
+
+
 # --- failures of the machine: a retry, or HTTP 503 -----------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Self
@@ -24,7 +25,7 @@ from afd_server.checkpoints.locate import locate_model
 from afd_server.cluster.layout import link_shape, resolve
 from afd_server.cluster.workers import AttentionReplica, FFNServer, Started, attention_name, ffn_name
 from afd_server.config import ServeConfig
-from afd_server.errors import StartError
+from afd_server.errors import CannotScaleError, StartError
 from afd_server.models.families import read_model_spec
 from afd_server.router.replica_client import LocalReplicaClient, ReplicaClient
 from afd_server.router.router import Router
@@ -35,7 +36,9 @@ from afd_server.transport.connect import connect
 from afd_server.transport.direct import DirectLink
 from afd_server.transport.inproc import InprocListener
 from afd_server.transport.listener import SocketListener
-from afd_server.types import GenerationRequest, RequestOutput, SamplingParams
+from afd_server.types import GenerationRequest, RequestOutput, SamplingParams, WorkerState
+
+NOT_HERE = "the workers of --executor local are threads of one process: they are neither scaled nor restarted (use --executor ray)"
 
 
 class LocalWorkers:
@@ -43,6 +46,7 @@ class LocalWorkers:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
+        self._started_at = time.monotonic()
         self.ffn: list[FFNServer] = []
         self.attention: list[AttentionReplica] = []
         self.clients: list[LocalReplicaClient] = []
@@ -104,6 +108,24 @@ class LocalWorkers:
     async def supervise(self, router: Router, metrics: WorkerMetrics) -> None:
         """Nothing is restarted here: a thread that ended by itself did so by a bug. Returns when cancelled."""
         await asyncio.Event().wait()
+
+    def worker_states(self) -> list[WorkerState]:
+        workers: list[AttentionReplica | FFNServer] = [*self.attention, *self.ffn]
+        return [
+            WorkerState(worker.name, worker.name.rpartition("-")[0], "serving" if worker.is_alive() else "down",
+                        time.monotonic() - self._started_at, "local", worker.info.pid, 0)
+            for worker in workers
+        ]  # fmt: skip
+
+    def change_under_way(self) -> str:
+        return ""
+
+    async def scale(self, attention_workers: int | None, ffn_replicas: int | None) -> None:
+        """Refused: these workers live and end with their process."""
+        raise CannotScaleError(NOT_HERE)
+
+    async def restart(self) -> None:
+        raise CannotScaleError(NOT_HERE)
 
     def health(self) -> list[str]:
         """One sentence for each worker whose thread has ended."""

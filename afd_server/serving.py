@@ -22,7 +22,7 @@ import uvloop
 from afd_server import __version__
 from afd_server.api.app import create_app
 from afd_server.api.server import bind_port, serve
-from afd_server.api.settings import BODY_BYTES, BODY_BYTES_PER_TOKEN, ApiSettings
+from afd_server.api.settings import BODY_BYTES, BODY_BYTES_PER_TOKEN, ApiSettings, OperatedWorkers
 from afd_server.checkpoints.default_model import afd_home, default_model, default_moe
 from afd_server.checkpoints.locate import locate_model
 from afd_server.cluster.layout import resolve
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 MADE_HERE: dict[str, Callable[[Path], Path]] = {"default": default_model, "default-moe": default_moe}
 
 
-class Workers(Protocol):
+class Workers(OperatedWorkers, Protocol):
     """The workers of a server, wherever they run: llm.LocalWorkers or cluster.ray_cluster.RayCluster."""
 
     def start(self, cancelled: threading.Event) -> Started: ...
@@ -102,13 +102,13 @@ def run_server(config: ServeConfig) -> int:
     tokenizer = Tokenizer.load(directory)
     settings = _api_settings(config, spec, tokenizer)
     listening = bind_port(config.host, config.port)
-    workers = _workers(config)
-    service = Service(workers)
     metrics = Metrics(
         settings.model_name, tpot_sla_s=_seconds(config.tpot_sla_ms), ttft_sla_s=_seconds(config.ttft_sla_ms)
     )
-    app = create_app(settings, service, tokenizer, metrics)
+    workers = _workers(config)
     try:
+        service = Service(workers)
+        app = create_app(settings, service, tokenizer, metrics)
         front_end = serve(
             app,
             config.host,
@@ -131,12 +131,19 @@ def _workers(config: ServeConfig) -> Workers:
         from afd_server.llm import LocalWorkers
 
         return LocalWorkers(config)
+    from afd_server.cluster.own_ray import own_ray
     from afd_server.cluster.ray_environment import prepare_environment
 
     prepare_environment(own_cluster=config.ray_address is None)
-    from afd_server.cluster.ray_cluster import RayCluster  # imports ray, which reads the environment
+    own = own_ray(config, afd_home()) if config.ray_address is None else None
+    try:
+        from afd_server.cluster.ray_cluster import RayCluster  # imports ray, which reads the environment
 
-    return RayCluster(config)
+        return RayCluster(config, own)
+    except BaseException:  # a signal, too
+        if own is not None:
+            own.end()
+        raise
 
 
 async def _run(front_end: Coroutine[None, None, None], machine: Coroutine[None, None, None]) -> None:
@@ -215,6 +222,7 @@ def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: st
     attention, ffn = started.attention, started.ffn
     lines = {
         "url": url,
+        **({"attached": _attached_line(started)} if started.attached else {}),
         "model": f"{config.served_model_name} ({spec.architecture}, {spec.num_layers} layers, {config.dtype})",
         "attention": f"{_count(attention, 'worker')} on {attention[0].device}, {_megabytes(attention)} of weights each",
         "FFN": f"{_count(ffn, 'worker')} on {ffn[0].device}, {_megabytes(ffn)} of weights each "
@@ -230,6 +238,14 @@ def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: st
             f"afd-server {__version__} is ready after {seconds:.1f} s",
             *(f"  {k:<{width}}  {v}" for k, v in lines.items()),
         ]
+    )
+
+
+def _attached_line(started: Started) -> str:
+    """The front-end before this one was killed."""
+    loaded = len(started.attention) + len(started.ffn) - started.attached
+    return f"to {started.attached} running workers" + (
+        f"; {loaded} were loaded" if loaded else ", none loaded again"
     )
 
 

@@ -219,6 +219,24 @@ class ReplicaStats:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerState:
+    """One worker as operators see it. role: attention or ffn. state: loading, serving, draining, restarting or down.
+
+    since_s: how long it has been in that state. node and pid: where its process is, as far as is known. restarts: how often
+    its process has been started again. reason: why it is down.
+    """
+
+    name: str
+    role: str
+    state: str
+    since_s: float
+    node: str | None
+    pid: int | None
+    restarts: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaUpdate:
     """One message from an attention replica to its router: all that a step changed, in one go."""
 

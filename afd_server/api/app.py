@@ -1,4 +1,4 @@
-"""The routes: OpenAI's two, the model list, and what operators ask (health, version, metrics).
+"""The routes: OpenAI's two, the model list, and what operators ask (health, version, metrics; see also admin.py).
 
 Each handler here is a few lines: admit, run, answer. The rooms' other files hold how.
 """
@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from afd_server.api.admin import add_admin_routes
 from afd_server.api.admission import Admission, Job
 from afd_server.api.errors import RETRY_AFTER_S, add_error_handlers, error_body
 from afd_server.api.gate import Gate, tenant_of
@@ -34,6 +35,7 @@ def create_app(settings: ApiSettings, service: Service, tokenizer: Tokenizer, me
     _add_generation_routes(app, settings, service, tokenizer, metrics)
     _add_model_routes(app, settings)
     _add_operator_routes(app, settings, service, metrics)
+    add_admin_routes(app, service)
     return app
 
 

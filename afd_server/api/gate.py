@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import secrets
 
 from starlette.exceptions import HTTPException
@@ -25,8 +26,8 @@ def tenant_of(scope: Scope) -> str:
 
 
 class Gate:
-    """Lets a request pass, or answers it itself: 401 below /v1 without the key, 413 for a body that says it is too
-    large. A body that turns out too large while it is read ends in 413 too."""
+    """Lets a request pass, or answers it itself: 401 below /v1 and /admin without the key, 413 for a body that says it is
+    too large. A body that turns out too large while it is read ends in 413 too. Without a key, /admin is for this host."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
         self._app = app
@@ -59,7 +60,8 @@ class Gate:
         await self._app(scope, bounded, send)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> JSONResponse | None:
-        guarded = self._expected is not None and scope["path"].startswith("/v1")
+        for_operators = scope["path"].startswith("/admin")
+        guarded = self._expected is not None and (for_operators or scope["path"].startswith("/v1"))
         if guarded and not self._knows_key(headers.get(b"authorization", b"")):
             body = error_body(
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
@@ -67,6 +69,9 @@ class Gate:
                 code="invalid_api_key",
             )
             return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
+        if for_operators and self._expected is None and not _is_from_here(scope, headers):
+            message = "without --api-key, /admin is for clients on the server's own host"
+            return JSONResponse(error_body(message, type="authentication_error", code="forbidden"), 403)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             return JSONResponse(error_body(self._too_large(), type="invalid_request_error"), 413)
@@ -83,3 +88,15 @@ class Gate:
 
     def _too_large(self) -> str:
         return f"the body is larger than {self._max_body_bytes} bytes"
+
+
+def _is_from_here(scope: Scope, headers: dict[bytes, bytes]) -> bool:
+    """Whether a program on this host asks for itself: not for others, as a proxy does, nor for a page, as a browser does."""
+    if any(name in headers for name in (b"forwarded", b"x-forwarded-for", b"origin")):
+        return False
+    try:
+        address = ipaddress.ip_address(scope["client"][0])
+    except (KeyError, TypeError, ValueError):
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from afd_server.text.chat_template import ChatTemplate
-from afd_server.types import GenerationRequest, RequestOutput
+from afd_server.types import GenerationRequest, RequestOutput, WorkerState
 
 # Room for a body's fields, its batch of prompts or its messages, and more of it for the tokens of a longer context.
 BODY_BYTES = 4 * 2**20
@@ -38,8 +38,29 @@ class ApiSettings:
     max_body_bytes: int = BODY_BYTES
 
 
+class OperatedWorkers(Protocol):
+    """The machine's workers, for whoever operates it."""
+
+    def worker_states(self) -> list[WorkerState]:
+        """Every worker, those that come and go included."""
+        ...
+
+    def change_under_way(self) -> str:
+        """What is being changed now, in words; empty when nothing is."""
+        ...
+
+    async def scale(self, attention_workers: int | None, ffn_replicas: int | None) -> None:
+        """Returns when there are so many; None leaves a number as it is. Raises RequestError, and has changed nothing then."""
+
+    async def restart(self) -> None:
+        """Returns when every worker runs in a new process. Raises RequestError or WorkerError."""
+
+
 class Service(Protocol):
     """Whatever generates. Closing the iterator early frees what the request holds."""
+
+    @property
+    def workers(self) -> OperatedWorkers: ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
         """All that the request gives, until an output with a finish_reason. Raises UnavailableError."""

@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from afd_server.attention.ffn_group import Connector
 from afd_server.cluster.layout import link_shape
@@ -34,11 +35,12 @@ from afd_server.transport.connect import choose_transport, connect
 from afd_server.transport.control import ControlServer
 from afd_server.transport.listener import SocketListener
 
-Result = TypeVar("Result")
+# Of a worker: where it listens, what it tells of itself, and the transport to each FFN worker that an attention worker uses.
+Loaded = tuple[Endpoint, WorkerInfo, list[str]]
 
 logger = logging.getLogger(__name__)
 
-# load, use_ffn, heartbeat, sentinel and stop may overlap.
+# load, use_ffn, heartbeat, describe, sentinel and stop may overlap.
 ACTOR_THREADS = 6
 # Between two looks whether the worker's own thread lives.
 THREAD_POLL_S = 0.5
@@ -58,17 +60,50 @@ class Pulse:
     stalled_s: float
 
 
-class WorkerActor:
-    """What both kinds have in common: being there, and being gone."""
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What all workers of a server share. settings: of the command that started it; see attaching.py."""
 
-    def __init__(self, config: ServeConfig, index: int, secret: bytes) -> None:
-        self._config, self._index, self._secret = config, index, secret
+    settings: dict[str, Any]
+    secret: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a worker tells a front-end that has not started it. loaded: None when it is empty.
+
+    silent_s: how long ago a front-end last spoke to it. ffn_version: of the list of FFN workers that it knows.
+    """
+
+    server: Server
+    group: PlacementGroup
+    silent_s: float
+    loaded: Loaded | None
+    ffn_version: int
+
+
+class WorkerActor:
+    """What both kinds have in common: being there, being spoken to, and being gone."""
+
+    def __init__(self, config: ServeConfig, index: int, server: Server) -> None:
+        self._config, self._index, self._server, self._secret = config, index, server, server.secret
         self._worker: FFNServer | AttentionReplica | None = None
+        self._loaded: Loaded | None = None
+        self._loading = threading.Lock()
+        self._ffn_version = 0  # attention workers have a list of FFN workers
         self._process = secrets.token_hex(8)
         self._sentinels = 0
+        self._group: PlacementGroup = ray.util.get_current_placement_group()
+        self._heard_at = time.monotonic()
+        threading.Thread(target=self._end_when_orphaned, name="orphan", daemon=True).start()
+
+    def describe(self) -> Description:
+        """For a front-end that might attach. Not a sign of one that has."""
+        return Description(self._server, self._group, self._silent_s(), self._loaded, self._ffn_version)
 
     def heartbeat(self) -> Pulse:
-        """Answers at once, whatever the worker does: the process is up."""
+        """Answers at once, whatever the worker does: the process is up. And it hears that there is a front-end."""
+        self._heard_at = time.monotonic()
         worker = self._worker
         return Pulse(self._process, _node(), os.getpid(), worker.stalled_s() if worker is not None else 0.0)
 
@@ -89,57 +124,79 @@ class WorkerActor:
 
     def stop(self) -> None:
         """Ends the worker after the step or batch under way."""
-        worker, self._worker = self._worker, None
+        worker, self._worker, self._loaded = self._worker, None, None
         if worker is not None:
             worker.stop()
+
+    def _silent_s(self) -> float:
+        """How long no front-end has spoken to it. One that waits for it to load need not."""
+        return 0.0 if self._loading.locked() else time.monotonic() - self._heard_at
+
+    def _end_when_orphaned(self) -> None:
+        timeout_s = self._config.orphan_timeout
+        while self._silent_s() < timeout_s:
+            time.sleep(min(1.0, timeout_s / 10))
+        logger.critical("no front-end has spoken to this worker for %g s: it ends", timeout_s)
+        remove_placement_group(self._group)  # and with its resources, this process
+
+    def _load_once(self, load: Callable[[], Loaded]) -> Loaded:
+        """Carries a load out. Raises StartError with the reason."""
+        with self._loading:
+            try:
+                self._loaded = load()
+            except ServingError as error:
+                raise StartError(str(error)) from None  # one argument: it crosses processes as it is
+            except Exception as error:
+                logger.exception("the worker could not start")
+                raise StartError(f"{type(error).__name__}: {error}") from None
+            finally:
+                self._heard_at = time.monotonic()
+            return self._loaded
 
 
 class FFNActor(WorkerActor):
     """Process of one FFN worker."""
 
-    def __init__(self, config: ServeConfig, index: int, secret: bytes) -> None:
+    def __init__(self, config: ServeConfig, index: int, server: Server) -> None:
         configure_logging(ffn_name(index))
-        super().__init__(config, index, secret)
+        super().__init__(config, index, server)
 
-    def load(self) -> tuple[Endpoint, WorkerInfo]:
+    def load(self) -> Loaded:
         """Loads the shard and starts to serve, instead of what was served before. Raises StartError with the reason."""
-        return _explained(self._load)
+        return self._load_once(self._load)
 
-    def _load(self) -> tuple[Endpoint, WorkerInfo]:
+    def _load(self) -> Loaded:
         self.stop()
         listener = SocketListener(ffn_name(self._index), _node(), self._secret, host=_address())
         server = FFNServer(self._config, self._index, listener)
         self._worker = server
-        return listener.endpoint, server.info
+        return listener.endpoint, server.info, []
 
 
 class AttentionActor(WorkerActor):
     """Process of one attention worker: an engine thread, and an event loop for the channel to the router."""
 
-    def __init__(self, config: ServeConfig, index: int, secret: bytes) -> None:
+    def __init__(self, config: ServeConfig, index: int, server: Server) -> None:
         configure_logging(attention_name(index))
-        super().__init__(config, index, secret)
+        super().__init__(config, index, server)
         self._control: ControlServer | None = None
         # The FFN workers in use, or to be used by a load under way, by index, and the version of that list; see Supervisor.
         self._ffn: dict[int, Endpoint] = {}
-        self._ffn_version = 0
         self._ffn_lock = threading.Lock()
         self._events = asyncio.new_event_loop()
         threading.Thread(target=self._events.run_forever, name="control", daemon=True).start()
 
-    def load(
-        self, version: int, ffn: Mapping[int, Endpoint], given_up: Mapping[int, str]
-    ) -> tuple[Endpoint, WorkerInfo, list[str]]:
+    def load(self, version: int, ffn: Mapping[int, Endpoint], given_up: Mapping[int, str]) -> Loaded:
         """Loads, connects to the FFN workers and starts the engine, instead of what ran before.
 
-        ffn: where they listen, by index; given_up: why some of them will not come back; version: of both. The answer's list names the transport to each of them, as it
-        was chosen. Raises StartError with the reason.
+        ffn: where they listen, by index; given_up: why some of them will not come back; version: of both. Raises StartError
+        with the reason.
         """
-        loaded = _explained(partial(self._load, version, ffn))
+        loaded = self._load_once(partial(self._load, version, ffn))
         self._give_up(given_up)
         return loaded
 
-    def _load(self, version: int, ffn: Mapping[int, Endpoint]) -> tuple[Endpoint, WorkerInfo, list[str]]:
+    def _load(self, version: int, ffn: Mapping[int, Endpoint]) -> Loaded:
         self.stop()
         with self._ffn_lock:
             self._ffn, self._ffn_version = dict(ffn), version
@@ -211,16 +268,6 @@ class AttentionActor(WorkerActor):
             return connect(endpoint, shape, self._index, self._secret, self._transport(endpoint), timeout_s)
 
         return dial
-
-
-def _explained(load: Callable[[], Result]) -> Result:
-    try:
-        return load()
-    except ServingError as error:
-        raise StartError(str(error)) from None  # one argument: it crosses processes as it is
-    except Exception as error:
-        logger.exception("the worker could not start")
-        raise StartError(f"{type(error).__name__}: {error}") from None
 
 
 def _workers_per_gpu() -> int:

@@ -30,14 +30,21 @@ def wait_for_processes(members: Sequence[Member], cancelled: threading.Event) ->
         member.pulse = pulse
 
 
-def load_all(members: Sequence[Member], deadline: Deadline, *arguments: Any) -> list[Any]:
-    """Every member's answer to `load`. Raises StartError."""
+def load_all(
+    members: Sequence[Member], deadline: Deadline, *arguments: Any, meanwhile: Sequence[Member]
+) -> list[Any]:
+    """Every member's answer to `load`. Raises StartError. meanwhile: who is not to take itself for an orphan until then."""
     problem = f"not loaded within {deadline.timeout_s:g} s (raise --start-timeout)"
-    return _ask_all(members, "load", deadline, problem, *arguments)
+    return _ask_all(members, "load", deadline, problem, *arguments, meanwhile=meanwhile)
 
 
 def _ask_all(
-    members: Sequence[Member], method: str, deadline: Deadline, problem: str, *arguments: Any
+    members: Sequence[Member],
+    method: str,
+    deadline: Deadline,
+    problem: str,
+    *arguments: Any,
+    meanwhile: Sequence[Member] = (),
 ) -> list[Any]:
     """Every member's answer; the first failure ends the wait, and so does the deadline, with this problem."""
     waiting = {getattr(member.actor, method).remote(*arguments): member for member in members}
@@ -45,6 +52,8 @@ def _ask_all(
     while len(results) < len(members):
         ready, _ = ray.wait(list(waiting), timeout=START_POLL_S)
         if not ready:
+            for member in meanwhile:
+                member.actor.heartbeat.remote()
             names = ", ".join(member.name for member in waiting.values())
             deadline.check(f"{names}: {problem}")
             continue

@@ -1,7 +1,9 @@
-"""Where the workers run: starting or joining a Ray cluster, and one bundle of resources for each worker.
+"""Where the workers run: joining a Ray cluster, and one bundle of resources for each worker.
 
 A bundle is one CPU, a share of a GPU where there are any, and the custom resource that --attention-resource or
---ffn-resource names. What cannot be placed within the deadline is said with what is missing; nothing hangs.
+--ffn-resource names. What cannot be placed within the deadline is said with what is missing; nothing hangs. Workers and
+their bundles outlive the front-end (Ray calls that detached); each has a placement group of its own, so that any of them can
+be given back alone.
 """
 
 from __future__ import annotations
@@ -11,66 +13,60 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from afd_server.cluster.actors import ACTOR_THREADS
-from afd_server.cluster.layout import usable_cores
-from afd_server.cluster.watch import first_line
+from afd_server.cluster.own_ray import WORKER_ENVIRONMENT
+from afd_server.cluster.watch import Role, first_line
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError, StartError
 from afd_server.transport.reachable import why_unreachable
-
-# A thread that waits for work must sleep: spinning on a core that the other side needs costs a hundredfold.
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 ADDRESS_TIMEOUT_S = 5.0
 # Between two looks whether a start is to be given up.
 START_POLL_S = 0.5
 
 
+# Of a CPU, on a host of the server's own: there, how many workers share the cores is its caller's choice. In a cluster of
+# others a worker is one CPU.
+OWN_CPU_SHARE = 0.001
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """An actor, and the bundle that it runs in."""
+    """An actor, and the group of one bundle that it runs in."""
 
     actor: Any
     group: PlacementGroup
-    bundle: int
 
 
-@dataclass(frozen=True, slots=True)
-class Actors:
-    """By worker index."""
-
-    ffn: list[Place]
-    attention: list[Place]
-
-
-def start_ray(config: ServeConfig) -> None:
-    """Joins the cluster at --ray-address, or starts one of this host alone. Raises StartError.
+def join_ray(address: str, *, own: bool) -> None:
+    """Joins the cluster at the address; own: it is this server's alone. Raises StartError.
 
     Ray sets a handler of SIGTERM, which ends the process as a failure; the caller's is put back.
     """
-    _check_address(config.ray_address)
+    if not own:
+        _check_address(address)
     handler = signal.getsignal(signal.SIGTERM)
-    workers = config.attention_workers + config.ffn_workers
-    own = {} if config.ray_address else {
-        # One CPU a worker is a matter of placement here, not of speed: more workers than cores must start too.
-        "num_cpus": max(workers, usable_cores()),
-        "include_dashboard": False,
-    }  # fmt: skip
-    where = f"--ray-address {config.ray_address}" if config.ray_address else "Ray on this host"
+    where = "Ray on this host" if own else f"--ray-address {address}"
     try:
         ray.init(
-            address=config.ray_address or "local",
+            address=address,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT},
-            **own,
+            # Processes of an own cluster have it from their keeper.
+            runtime_env=None if own else {"env_vars": WORKER_ENVIRONMENT},
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise StartError(f"{where}: cannot start: {first_line(error)}") from None
@@ -106,30 +102,71 @@ class Deadline:
             raise StartError(problem)
 
 
-def place(config: ServeConfig, ffn: type, attention: type, secret: bytes, deadline: Deadline) -> Actors:
-    """Reserves every bundle, then creates the actors in them. Raises StartError that says what is missing."""
+def bundle_of(config: ServeConfig, role: Role) -> dict[str, float]:
+    """What a worker of a role takes. Raises ConfigError."""
+    resource = config.ffn_resource if role == "ffn" else config.attention_resource
+    bundle = {"CPU": 1.0 if config.ray_address else OWN_CPU_SHARE}
     gpus = _gpus_per_worker(config)
-    ffn_bundle = _bundle(gpus, config.ffn_resource)
-    attention_bundle = _bundle(gpus, config.attention_resource)
-    bundles = [ffn_bundle] * config.ffn_workers + [attention_bundle] * config.attention_workers
-    if not config.ray_address and _missing(bundles):  # this host alone has all that it will ever have
+    if gpus:
+        bundle["GPU"] = gpus
+    if resource:
+        bundle[resource] = 1.0
+    return bundle
+
+
+def reserve(bundles: Sequence[dict[str, float]], *, own: bool, deadline: Deadline) -> list[PlacementGroup]:
+    """A group for each bundle, for all of them or for none. Raises StartError that says what is missing."""
+    if own and _missing(bundles):  # this host alone has all that it will ever have
         raise StartError(_why_not_placed(bundles, deadline))
-    group = placement_group(bundles, strategy="PACK")
-    while not group.wait(START_POLL_S):
-        deadline.check(_why_not_placed(bundles, deadline))
-    return Actors(
-        [_create(ffn, config, index, secret, group, index, ffn_bundle) for index in range(config.ffn_workers)],
-        [_create(attention, config, index, secret, group, config.ffn_workers + index, attention_bundle)
-         for index in range(config.attention_workers)],
-    )  # fmt: skip
+    while problem := _not_free(
+        bundles
+    ):  # a group that waits would outlive a front-end that is killed meanwhile
+        deadline.check(_why_not_placed(bundles, deadline) if _missing(bundles) else problem)
+        time.sleep(START_POLL_S)
+    groups = [placement_group([bundle], strategy="PACK", lifetime="detached") for bundle in bundles]
+    try:
+        for group in groups:
+            while not group.wait(START_POLL_S):
+                deadline.check(_why_not_placed(bundles, deadline))
+    except BaseException:
+        for group in groups:
+            remove_placement_group(group)
+        raise
+    return groups
+
+
+def create(
+    kind: type, name: str, namespace: str, group: PlacementGroup, bundle: dict[str, float], *arguments: Any
+) -> Place:
+    """Creates an actor in the group that was reserved for it. Its process starts meanwhile. Raises ValueError when an
+    actor has the name."""
+    options: dict[str, Any] = {
+        "name": name,
+        "namespace": namespace,
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "max_concurrency": ACTOR_THREADS,
+        "num_cpus": bundle["CPU"],
+        "num_gpus": bundle.get("GPU", 0),
+        "resources": {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+    }
+    return Place(ray.remote(**options)(kind).remote(*arguments), group)
+
+
+def give_back(place: Place) -> None:
+    """Ends the process for good and frees its bundle."""
+    ray.kill(place.actor)
+    remove_placement_group(place.group)
 
 
 def why_unplaced(place: Place) -> str:
     """What the cluster lacks for an actor whose node was lost; empty when its bundle has a node. Blocks for a moment."""
     table = placement_group_table(place.group)
-    if table["state"] == "CREATED" or table["bundles_to_node_id"].get(place.bundle):
+    if table["state"] == "CREATED" or table["bundles_to_node_id"].get(0):
         return ""
-    needed = table["bundles"][place.bundle]
+    needed = table["bundles"][0]
     free = {name: amount for name, amount in ray.available_resources().items() if name in needed}
     missing = [name for name, amount in needed.items() if amount > free.get(name, 0.0)]
     return f"it needs {_listed(needed)}, free are {_listed(free)}" + (_too_little(missing) if missing else "")
@@ -137,28 +174,6 @@ def why_unplaced(place: Place) -> str:
 
 def stop_ray() -> None:
     ray.shutdown()
-
-
-def _create(
-    kind: type,
-    config: ServeConfig,
-    index: int,
-    secret: bytes,
-    group: PlacementGroup,
-    bundle: int,
-    resources: dict[str, float],
-) -> Place:
-    custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-    options: dict[str, Any] = {
-        "max_restarts": -1,
-        "max_task_retries": 0,
-        "max_concurrency": ACTOR_THREADS,
-        "num_cpus": resources["CPU"],
-        "num_gpus": resources.get("GPU", 0),
-        "resources": custom,
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-    }
-    return Place(ray.remote(**options)(kind).remote(config, index, secret), group, bundle)
 
 
 def _gpus_per_worker(config: ServeConfig) -> float:
@@ -174,16 +189,7 @@ def _gpus_per_worker(config: ServeConfig) -> float:
     return 1.0 if workers_per_gpu <= 1 else math.floor(1e4 / workers_per_gpu) / 1e4
 
 
-def _bundle(gpus: float, resource: str | None) -> dict[str, float]:
-    bundle = {"CPU": 1.0}
-    if gpus:
-        bundle["GPU"] = gpus
-    if resource:
-        bundle[resource] = 1.0
-    return bundle
-
-
-def _why_not_placed(bundles: list[dict[str, float]], deadline: Deadline) -> str:
+def _why_not_placed(bundles: Sequence[dict[str, float]], deadline: Deadline) -> str:
     missing = _missing(bundles)
     if not missing:
         return (
@@ -208,13 +214,23 @@ _REMEDIES = {
 }
 
 
-def _missing(bundles: list[dict[str, float]]) -> list[str]:
+def _missing(bundles: Sequence[dict[str, float]]) -> list[str]:
     """The resources of which the cluster has less than all bundles together need."""
     offered = _offered()
     return [name for name, amount in _needed(bundles).items() if amount > offered.get(name, 0.0)]
 
 
-def _needed(bundles: list[dict[str, float]]) -> dict[str, float]:
+def _not_free(bundles: Sequence[dict[str, float]]) -> str:
+    """What the cluster has too little of at this moment for all bundles; empty when nothing is missing."""
+    needed, available = _needed(bundles), ray.available_resources()
+    free = {name: available.get(name, 0.0) for name in needed}
+    missing = [name for name, amount in needed.items() if amount > free[name]]
+    return (
+        f"the workers need {_listed(needed)}, free are {_listed(free)}{_too_little(missing)}" if missing else ""
+    )
+
+
+def _needed(bundles: Sequence[dict[str, float]]) -> dict[str, float]:
     names = sorted({name for bundle in bundles for name in bundle})
     return {name: sum(bundle.get(name, 0) for bundle in bundles) for name in names}
 
@@ -222,7 +238,11 @@ def _needed(bundles: list[dict[str, float]]) -> dict[str, float]:
 def _offered() -> dict[str, float]:
     """What the nodes of the cluster offer in all, without Ray's own names and memory."""
     resources = ray.cluster_resources().items()
-    return {name: amount for name, amount in sorted(resources) if ":" not in name and "memory" not in name}
+    return {
+        name: amount
+        for name, amount in sorted(resources)
+        if ":" not in name and "memory" not in name and "_group_" not in name
+    }
 
 
 def _listed(resources: dict[str, float]) -> str:

@@ -1,8 +1,8 @@
-"""A server's workers as Ray actors: started, connected and stopped.
+"""A server's workers as Ray actors: started or found again, connected and stopped.
 
-What lives here: the course of a start and of an end. What does not: what a worker is (workers.py), the actor around it
-(actors.py), where Ray puts it (placement.py), how it is brought back when it dies (supervisor.py), or which replica
-serves a request (router/). Runs in the process of the front-end.
+What lives here: the course of a start, of an attach and of an end. What does not: what a worker is (workers.py), the actor
+around it (actors.py), where Ray puts it (placement.py), which workers outlived their front-end (survivors.py), how one is
+brought back when it dies (supervisor.py), or which replica serves a request (router/). Runs in the process of the front-end.
 """
 
 from __future__ import annotations
@@ -11,80 +11,168 @@ import contextlib
 import dataclasses
 import logging
 import os
-import secrets
 import signal
 import threading
+import time
+from collections.abc import Sequence
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from afd_server.cluster.actors import AttentionActor, FFNActor
 from afd_server.cluster.loading import load_all, wait_for_processes
-from afd_server.cluster.placement import Deadline, Place, place, start_ray, stop_ray, why_unplaced
+from afd_server.cluster.own_ray import OwnRay
+from afd_server.cluster.placement import (
+    START_POLL_S,
+    Deadline,
+    Place,
+    bundle_of,
+    create,
+    give_back,
+    join_ray,
+    reserve,
+    stop_ray,
+    why_unplaced,
+)
+from afd_server.cluster.rescale import Rescaler
 from afd_server.cluster.restarts import Restarts
 from afd_server.cluster.supervisor import Supervisor
+from afd_server.cluster.survivors import find_crew, new_crew
 from afd_server.cluster.watch import Member, Role, first_line
-from afd_server.cluster.workers import Started, attention_name, ffn_name
+from afd_server.cluster.workers import Started, worker_name
 from afd_server.config import ServeConfig
+from afd_server.errors import UnavailableError
 from afd_server.router.router import Router
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.control import ControlClient
+from afd_server.types import WorkerState
 
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
 
+KINDS: dict[Role, type] = {"ffn": FFNActor, "attention": AttentionActor}
+
 
 class RayCluster:
-    """The actors of one server. `config` is a resolved one."""
+    """The actors of one server. `config` is a resolved one. own_ray: the cluster, unless --ray-address names another's."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        """Joins or starts the Ray cluster. Raises StartError.
+    def __init__(self, config: ServeConfig, own_ray: OwnRay | None) -> None:
+        """Joins the Ray cluster, and finds what is there already. Raises StartError.
 
         To be called on the main thread, before the server sets its own signal handlers: Ray sets some, and the last
         one to do so wins.
         """
-        start_ray(config)
         # The key is the front-end's alone; workers are handed the rest.
         self._config = config = dataclasses.replace(config, api_key=None)
-        self._secret = secrets.token_bytes(32)
+        self._own_ray = own_ray
         self._places: dict[str, Place] = {}  # by worker
-        self._supervisor = Supervisor(config, self)
+        try:
+            address = own_ray.address() if own_ray is not None else str(config.ray_address)
+            join_ray(address, own=own_ray is not None)
+            search = config.attach is not False and (own_ray is None or own_ray.attached)
+            found = find_crew(config, own=own_ray is not None) if search else None
+        except BaseException:
+            self._leave_ray()
+            raise
+        self._crew = found or new_crew(config)
+        self._supervisor = Supervisor(config, self, self._crew.ffn_version)
+        self._rescaler: Rescaler | None = None  # as soon as the workers are ready
 
     def start(self, cancelled: threading.Event) -> Started:
-        """Places and loads every worker, FFN first. Raises StartError with the first cause, within start_timeout.
+        """Places and loads every worker that is not there, FFN first. Raises StartError with the first cause, within
+        start_timeout.
 
         May run on a thread of its own; it gives up soon after `cancelled` is set.
         """
-        placement_deadline = Deadline(self._config.placement_timeout, cancelled)
-        actors = place(self._config, FFNActor, AttentionActor, self._secret, placement_deadline)
-        for index, placed in enumerate(actors.ffn):
-            self._supervisor.add(self._member("ffn", index, placed))
-        for index, placed in enumerate(actors.attention):
-            self._supervisor.add(self._member("attention", index, placed))
-        wait_for_processes(
-            [*self._supervisor.members("ffn"), *self._supervisor.members("attention")], cancelled
-        )
+        loaded = {
+            name: each.loaded for name, each in self._crew.descriptions.items() if each.loaded is not None
+        }
+        attached = len(loaded)
+        wanted = self._wanted()
+        self._take_over()
+        missing = [each for each in wanted if worker_name(*each) not in self._places]
+        for member in self.create(missing, self._config, Deadline(self._config.placement_timeout, cancelled)):
+            self._supervisor.add(member)
+        wait_for_processes(self._supervisor.all_members(), cancelled)
         deadline = Deadline(self._config.start_timeout, cancelled)
-        ffn = load_all(self._supervisor.members("ffn"), deadline)
-        for member, (endpoint, info) in zip(self._supervisor.members("ffn"), ffn, strict=True):
-            member.serves_at(endpoint, info)
-        told = self._supervisor.ffn_endpoints()
-        attention = load_all(self._supervisor.members("attention"), deadline, *told)
-        for member, (endpoint, info, _) in zip(self._supervisor.members("attention"), attention, strict=True):
-            member.serves_at(endpoint, info)
+        for role in KINDS:
+            arguments = () if role == "ffn" else self._supervisor.ffn_endpoints()
+            empty = [member for member in self._supervisor.members(role) if member.name not in loaded]
+            answers = load_all(empty, deadline, *arguments, meanwhile=self._supervisor.all_members())
+            loaded |= {member.name: answer for member, answer in zip(empty, answers, strict=True)}
+            for member in self._supervisor.members(role):
+                endpoint, info, _ = loaded[member.name]
+                member.serves_at(endpoint, info)
+        infos = {
+            role: tuple(loaded[member.name][1] for member in self._supervisor.members(role)) for role in KINDS
+        }
         return Started(
-            attention=tuple(info for _, info, _ in attention),
-            ffn=tuple(info for _, info in ffn),
-            transports=tuple(sorted({name for _, _, names in attention for name in names})),
+            attention=infos["attention"],
+            ffn=infos["ffn"],
+            transports=tuple(sorted({name for _, _, names in loaded.values() for name in names})),
+            attached=attached,
         )
 
-    def _member(self, role: Role, index: int, placed: Place) -> Member:
-        name = ffn_name(index) if role == "ffn" else attention_name(index)
-        self._places[name] = placed
-        life = placed.actor.sentinel.remote()
-        return Member(role, index, name, placed.actor, life, Restarts(self._config.max_restarts))
+    def _wanted(self) -> list[tuple[Role, int]]:
+        """The workers that there shall be: those that there were, FFN replicas made whole, or else as configured."""
+        ep, tp = self._config.ffn_shards
+        shards, found = ep * tp, [_parsed(name) for name in self._crew.actors]
+        replicas = {index // shards for role, index in found if role == "ffn"}
+        attention = {index for role, index in found if role == "attention"}
+        return [
+            *(("ffn", replica * shards + shard)
+              for replica in sorted(replicas or range(self._config.ffn_replicas)) for shard in range(shards)),
+            *(("attention", index) for index in sorted(attention or range(self._config.attention_workers))),
+        ]  # fmt: skip
+
+    def _take_over(self) -> None:
+        """The workers that have described themselves become this server's. The others are ended, to be made again."""
+        for name, actor in self._crew.actors.items():
+            known = self._crew.descriptions.get(name)
+            if known is not None:
+                self._supervisor.add(self._member(name, Place(actor, known.group)))
+            else:
+                logger.warning("%s does not answer and is made again", name)
+                ray.kill(actor)
+
+    def create(
+        self, workers: Sequence[tuple[Role, int]], config: ServeConfig, deadline: Deadline
+    ) -> list[Member]:
+        """Places workers and starts their processes, all or none; they are not loaded yet. Raises StartError. May block.
+
+        config: with the numbers of workers that there will be.
+        """
+        bundles = [bundle_of(self._config, role) for role, _ in workers]
+        groups = reserve(bundles, own=self._own_ray is not None, deadline=deadline)
+        members = []
+        for (role, index), bundle, group in zip(workers, bundles, groups, strict=True):
+            name = worker_name(role, index)
+            arguments = (config, index, self._crew.server)
+            while True:
+                try:
+                    place = create(KINDS[role], name, self._crew.namespace, group, bundle, *arguments)
+                    break
+                except ValueError:  # its predecessor's name is not free yet
+                    deadline.check(f"{name}: the name is not free within {deadline.timeout_s:g} s")
+                    time.sleep(START_POLL_S)
+            members.append(self._member(name, place))
+        return members
+
+    def dismiss(self, member: Member) -> None:
+        """Ends a worker that is no member any more, after the step or batch under way, and gives its place back. May block."""
+        try:
+            ray.get(member.actor.stop.remote(), timeout=STOP_TIMEOUT_S)
+        except (RayError, GetTimeoutError) as error:
+            logger.info("%s did not stop by itself: %s", member.name, first_line(error))
+        give_back(self._places.pop(member.name))
+
+    def _member(self, name: str, place: Place) -> Member:
+        role, index = _parsed(name)
+        life = place.actor.sentinel.remote()
+        self._places[name] = place
+        return Member(role, index, name, place.actor, life, Restarts(self._config.max_restarts))
 
     async def connect(self) -> list[ControlClient]:
         """A client to each attention replica, for the router."""
@@ -93,7 +181,7 @@ class RayCluster:
     async def connect_to(self, member: Member) -> ControlClient:
         """See supervisor.Processes."""
         assert member.endpoint is not None
-        return await ControlClient.connect(member.endpoint, self._secret, CONNECT_TIMEOUT_S)
+        return await ControlClient.connect(member.endpoint, self._crew.server.secret, CONNECT_TIMEOUT_S)
 
     def end(self, member: Member, *, restart: bool) -> None:
         """See supervisor.Processes. Ray takes 5 s to end a process that is stopped; on this host it can be done at once."""
@@ -110,7 +198,33 @@ class RayCluster:
 
     async def supervise(self, router: Router, metrics: WorkerMetrics) -> None:
         """Watches over every actor until cancelled, and brings back those that die."""
+        if self._crew.descriptions:
+            await self._supervisor.tell_ffn()  # it may have changed while nobody could be told
+        self._rescaler = Rescaler(self._config, self, self._supervisor, router)
         await self._supervisor.run(router, metrics)
+
+    # --- what operators ask ----------------------------------------------------------------------------------------
+
+    def worker_states(self) -> list[WorkerState]:
+        """Every worker, those that come and go included."""
+        members = self._rescaler.members() if self._rescaler is not None else self._supervisor.all_members()
+        return [member.state() for member in members]
+
+    def change_under_way(self) -> str:
+        return self._rescaler.under_way if self._rescaler is not None else ""
+
+    async def scale(self, attention_workers: int | None, ffn_replicas: int | None) -> None:
+        """See Rescaler."""
+        await self._opened().scale(attention_workers, ffn_replicas)
+
+    async def restart(self) -> None:
+        """See Rescaler."""
+        await self._opened().restart()
+
+    def _opened(self) -> Rescaler:
+        if self._rescaler is None:
+            raise UnavailableError("the workers are still starting")
+        return self._rescaler
 
     def health(self) -> list[str]:
         return self._supervisor.health()
@@ -123,16 +237,25 @@ class RayCluster:
 
     def stop(self) -> None:
         """Asks every worker to end its work, then ends the processes. Harmless when nothing was started."""
-        members = [*self._supervisor.members("attention"), *self._supervisor.members("ffn")]
         try:
-            ray.get([member.actor.stop.remote() for member in members], timeout=STOP_TIMEOUT_S)
+            ray.get([place.actor.stop.remote() for place in self._places.values()], timeout=STOP_TIMEOUT_S)
         except GetTimeoutError as error:
             logger.warning("a worker did not stop by itself: %s", first_line(error))
         except RayError as error:
             logger.info("a worker had ended already: %s", first_line(error))
-        for member in members:
-            ray.kill(member.actor)
+        for place in self._places.values():
+            give_back(place)
+        self._leave_ray()
+
+    def _leave_ray(self) -> None:
         stop_ray()
+        if self._own_ray is not None:
+            self._own_ray.end()
+
+
+def _parsed(name: str) -> tuple[Role, int]:
+    role, _, index = name.rpartition("-")
+    return "ffn" if role == "ffn" else "attention", int(index)
 
 
 def _node() -> str:

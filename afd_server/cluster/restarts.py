@@ -28,11 +28,15 @@ class Restarts:
     @property
     def pause_s(self) -> float:
         """Before the next one."""
-        return 0.0 if self.count == 0 else min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self.count - 1))
+        return 0.0 if self.count <= 0 else min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self.count - 1))
 
     def begin(self) -> None:
         """The worker is being restarted."""
         self.count += 1
+
+    def allow(self) -> None:
+        """The next one is asked for, not trouble: it is neither counted nor paused for."""
+        self.count = max(-1, self.count - 1)
 
     def take_back(self) -> None:
         """The last one failed by no fault of the worker."""

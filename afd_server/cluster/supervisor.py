@@ -56,11 +56,11 @@ class Supervisor:
     which overtakes other news does no harm.
     """
 
-    def __init__(self, config: ServeConfig, processes: Processes) -> None:
+    def __init__(self, config: ServeConfig, processes: Processes, ffn_version: int = 0) -> None:
         self._config = config
         self._processes = processes
         self._members: list[Member] = []
-        self._ffn_version = 1
+        self._ffn_version = ffn_version + 1
         self._tasks: asyncio.TaskGroup | None = None  # while it runs
         self._watches: dict[Member, asyncio.Task[None]] = {}
         self._loading: set[Member] = set()  # attention workers, members or to become ones
@@ -80,6 +80,9 @@ class Supervisor:
     def members(self, role: Role) -> list[Member]:
         """Those of a role, by index."""
         return sorted((member for member in self._members if member.role == role), key=lambda each: each.index)
+
+    def all_members(self) -> list[Member]:
+        return [*self.members("attention"), *self.members("ffn")]
 
     def add(self, member: Member) -> None:
         """Watches over it from now on. Attention workers hear of a new FFN worker by `tell_ffn`."""
@@ -102,7 +105,11 @@ class Supervisor:
         now, ffn = time.monotonic(), self.members("ffn")
         return (
             self._ffn_version,
-            {member.index: member.endpoint for member in ffn if member.endpoint is not None},
+            {
+                each.index: each.endpoint
+                for each in ffn
+                if each.endpoint is not None and each.phase != "draining"
+            },
             {member.index: member.problem(now) for member in ffn if member.given_up},
         )
 
@@ -168,11 +175,27 @@ class Supervisor:
         while True:
             kind, reason = await trouble(member, self._config)
             member.life = None
-            self._goes_down(member, reason)
+            planned = member.phase == "restarting"
+            self._goes_down(member, "is being restarted" if planned else reason)
             if kind != "died":
                 self._end(member, restart=True)
+            if planned:
+                kind = "planned"
+                member.restarts.allow()
             if not await self._bring_back(member, kind):
                 return
+
+    async def restart(self, member: Member) -> None:
+        """Ends a member's process; returns when its next one serves. Raises WorkerError if it is given up instead.
+
+        It costs none of its restarts. What it was doing is done again, by others or by the new process.
+        """
+        member.enter("restarting")
+        self._end(member, restart=True)
+        while member.phase == "restarting" or member.down_since is not None:
+            if member.given_up:
+                raise WorkerError(member.name, member.reason)
+            await asyncio.sleep(NEW_PROCESS_POLL_S)
 
     async def _bring_back(self, member: Member, kind: Kind) -> bool:
         """Whether the member serves again. Only its own troubles are counted against it."""
@@ -289,7 +312,8 @@ class Supervisor:
                 logger.warning("%s has been placed", member.name)
 
     async def _restore_ffn(self, member: Member) -> None:
-        member.serves_at(*await member.actor.load.remote())
+        endpoint, info, _ = await member.actor.load.remote()
+        member.serves_at(endpoint, info)
         await self.tell_ffn()
         self._comes_back(member)
 
@@ -330,7 +354,9 @@ class Supervisor:
 def _note(member: Member, reason: str) -> None:
     """Keeps why a member is down; the log is told when that changes."""
     if reason != member.reason:
-        logger.error("%s %s", member.name, reason)
+        logger.log(
+            logging.INFO if member.phase == "restarting" else logging.ERROR, "%s %s", member.name, reason
+        )
     member.reason = reason
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from ray.exceptions import RayError, RayTaskError
@@ -22,6 +23,7 @@ from afd_server.cluster.restarts import Restarts
 from afd_server.cluster.workers import WorkerInfo
 from afd_server.config import ServeConfig
 from afd_server.transport.base import Endpoint
+from afd_server.types import WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,9 @@ FFN_STALL_SHARE = 0.5
 ATTENTION_STALL_SHARE = 2.0
 
 Role = Literal["attention", "ffn"]
+Phase = Literal["loading", "serving", "draining", "restarting"]
 # frozen: the process does not answer. hung: it does, and its thread is stuck. failed: its thread ended, or a load failed.
-Kind = Literal["died", "frozen", "hung", "failed"]
+Kind = Literal["died", "frozen", "hung", "failed", "planned"]
 
 
 class Trouble(NamedTuple):
@@ -52,7 +55,8 @@ class Member:
     index: among those of its role. life: a call that ends only with the actor's process or its worker, taken before that
     worker is loaded; None when it has ended. endpoint and info: of the last load, None before the first. pulse: of the last heartbeat, and so of
     the present process; ended: names a process that is being killed. down_since (monotonic seconds) and reason while it is not serving;
-    unplaced: what it lacks to be placed; given_up: nobody brings it back.
+    unplaced: what it lacks to be placed; given_up: nobody brings it back. phase: what is planned for it, whatever happens to
+    it meanwhile; started: how often its process has been started again.
     """
 
     role: Role
@@ -69,10 +73,29 @@ class Member:
     reason: str = ""
     unplaced: str = ""
     given_up: bool = False
+    phase: Phase = "loading"
+    phase_since: float = field(default_factory=time.monotonic)
+    started: int = 0
 
     def serves_at(self, endpoint: Endpoint, info: WorkerInfo) -> None:
         """It has been loaded."""
+        if self.info is not None and info.pid != self.info.pid:
+            self.started += 1
         self.endpoint, self.info = endpoint, info
+        self.enter("serving")
+
+    def enter(self, phase: Phase) -> None:
+        self.phase, self.phase_since = phase, time.monotonic()
+
+    def state(self) -> WorkerState:
+        """As operators see it."""
+        down = self.down_since is not None and self.phase != "restarting"
+        since = self.down_since if down and self.down_since is not None else self.phase_since
+        return WorkerState(
+            self.name, self.role, "down" if down else self.phase, time.monotonic() - since,
+            self.endpoint.node if self.endpoint else None, self.info.pid if self.info else None, self.started,
+            (self.unplaced or self.reason) if down else "",
+        )  # fmt: skip
 
     def problem(self, now: float) -> str:
         """What is wrong with it, since when and why, in a sentence; empty while it serves."""

@@ -60,11 +60,13 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What a start gave, for the lines that a person reads. transports: each kind in use, once."""
+    """What a start gave, for the lines that a person reads. transports: each kind in use, once.
+    attached: workers that were running already and have not been loaded again."""
 
     attention: tuple[WorkerInfo, ...]
     ffn: tuple[WorkerInfo, ...]
     transports: tuple[str, ...]
+    attached: int = 0
 
 
 def attention_name(index: int) -> str:
@@ -73,6 +75,10 @@ def attention_name(index: int) -> str:
 
 def ffn_name(index: int) -> str:
     return f"ffn-{index}"
+
+
+def worker_name(role: str, index: int) -> str:
+    return ffn_name(index) if role == "ffn" else attention_name(index)
 
 
 class FFNServer:

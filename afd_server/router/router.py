@@ -34,12 +34,14 @@ logger = logging.getLogger(__name__)
 REQUEST_TOKENS = 64
 # How long a request whose replica died waits for another one. A restart loads the model again.
 FAILOVER_TIMEOUT_S = 120.0
+# Between two looks whether a replica that drains has ended its requests.
+DRAIN_POLL_S = 0.02
 
 
 @dataclass(slots=True, eq=False)
 class Replica:
     """A replica and the requests that it has, by id. down_since (monotonic seconds) and reason once it is lost; given_up
-    when it will not come back."""
+    when it will not come back; draining while it gets no more requests."""
 
     client: ReplicaClient
     streams: dict[str, Stream] = field(default_factory=dict)
@@ -47,7 +49,12 @@ class Replica:
     down_since: float | None = None
     reason: str = ""
     given_up: bool = False
+    draining: bool = False
     stats: ReplicaStats = field(default_factory=ReplicaStats)
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.down_since is None and not self.draining
 
     @property
     def load(self) -> ReplicaLoad:
@@ -141,7 +148,7 @@ class Router:
 
     def loads(self) -> list[ReplicaLoad]:
         """Of every replica that takes requests."""
-        return [replica.load for replica in self._replicas.values() if replica.down_since is None]
+        return [replica.load for replica in self._replicas.values() if replica.takes_requests]
 
     def place(self, stream: Stream, among: Collection[str]) -> bool:
         """Submits the request to the best of these replicas; False when none of them lives."""
@@ -156,11 +163,31 @@ class Router:
         if old.reader is not None:
             old.reader.cancel()
         self._prefixes.forget(name)
-        self._replicas[name] = Replica(client)
-        self._start_reading(self._replicas[name])
-        for stream in list(self._orphans):
-            self._place(stream)
-        self._advance()
+        self._open(client)
+
+    def add(self, client: ReplicaClient) -> None:
+        """A new replica takes requests, those without a replica first."""
+        assert client.worker not in self._replicas, "names of replicas are unique"
+        self._open(client)
+
+    async def drain(self, name: str, timeout_s: float) -> None:
+        """Replica `name` gets no more requests. Returns when those that it has have ended, or have been moved elsewhere
+        because the time is over. `replace` ends the draining, `remove` the replica."""
+        replica = self._replicas[name]
+        replica.draining = True
+        deadline = time.monotonic() + timeout_s
+        while replica.streams and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+        self._move_streams(replica)
+
+    def remove(self, name: str) -> None:
+        """Replica `name` has left for good; what it still had goes on elsewhere."""
+        replica = self._replicas.pop(name)
+        if replica.reader is not None:
+            replica.reader.cancel()
+        self._move_streams(replica)
+        replica.client.close()
+        self._prefixes.forget(name)
 
     def give_up(self, name: str, reason: str) -> None:
         """Replica `name` will not come back. When there is no other, requests that wait for one end with this reason."""
@@ -193,6 +220,20 @@ class Router:
         ]
 
     # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _open(self, client: ReplicaClient) -> None:
+        replica = self._replicas[client.worker] = Replica(client)
+        self._start_reading(replica)
+        for stream in list(self._orphans):
+            self._place(stream)
+        self._advance()
+
+    def _move_streams(self, replica: Replica) -> None:
+        """The replica's requests go on elsewhere. What it still sends of them reaches nobody."""
+        moved, replica.streams = list(replica.streams.values()), {}
+        for stream in moved:
+            replica.client.abort(stream.request_id)
+            self._place_or_wait(stream)
 
     def _start_reading(self, replica: Replica) -> None:
         updates = replica.client.updates()
@@ -274,7 +315,7 @@ class Router:
             (
                 replica
                 for name, replica in self._replicas.items()
-                if replica.down_since is None and (among is None or name in among)
+                if replica.takes_requests and (among is None or name in among)
             ),
             key=lambda replica: replica.load_tokens - known_tokens.get(replica.client.worker, 0),
             default=None,

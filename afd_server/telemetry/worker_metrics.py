@@ -11,7 +11,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 RECOVERY_BUCKETS_S = (0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 60, 120, 300, 600)
-REASONS = ("died", "frozen", "hung", "failed")
+REASONS = ("died", "frozen", "hung", "failed", "planned")
 
 
 class WorkerMetrics:

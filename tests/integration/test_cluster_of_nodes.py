@@ -103,14 +103,40 @@ def serve_flags(address):
     return flags
 
 
+def pids(server):
+    return {worker["pid"] for worker in httpx.get(f"{server.url}/admin/workers", timeout=30).json()["workers"]}
+
+
 def test_each_role_on_its_own_node(cluster, tmp_path):
     directory = write_checkpoint("mixtral", tmp_path / "mixtral")
     write_tokenizer(directory)
-    flags = serve_flags(cluster.address)
-    with Server(directory, *flags, "--max-model-len", 64, "--device", "cpu") as server:
+    flags = [*serve_flags(cluster.address), "--max-model-len", 64, "--device", "cpu", "--placement-timeout", 5]
+    ask = {"max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with Server(directory, *flags) as server:
         assert "transport  tcp" in server.log()
-        choice = server.complete(PROMPT, max_tokens=8, temperature=0, ignore_eos=True, return_token_ids=True)
+        choice = server.complete(PROMPT, **ask)
+        refused = httpx.post(f"{server.url}/admin/scale", json={"attention_workers": 2}, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "cannot_scale")
+        assert "too little" in refused.json()["error"]["message"]
+        assert "attention" in refused.json()["error"]["message"]
+        before = pids(server)
+        server.process.kill()
+        server.process.wait()
+    with Server(directory, *flags) as server:
+        assert "to 2 running workers, none loaded again" in server.log()
+        assert pids(server) == before
+        assert server.complete(PROMPT, **ask)["token_ids"] == choice["token_ids"]
         assert server.stop() == 0
+        _, alive = psutil.wait_procs(
+            [psutil.Process(pid) for pid in before if psutil.pid_exists(pid)], NODE_TIMEOUT_S
+        )
+        assert alive == []
+    with Server(directory, *flags, "--orphan-timeout", 2) as server:  # what those before had is free again
+        processes = [psutil.Process(pid) for pid in pids(server)]
+        server.process.kill()
+        server.process.wait()
+        _, alive = psutil.wait_procs(processes, NODE_TIMEOUT_S)
+        assert alive == []
     config = ServeConfig(model=str(directory), executor="local", device="cpu", max_model_len=64)
     with LLM(config) as llm:
         expected = llm.generate_token_ids([PROMPT], SamplingParams(8, temperature=0.0, ignore_eos=True))

@@ -44,7 +44,7 @@ class Actor:
     failures: raised by the next loads, one after the other. absent: what Ray says while it has no place for it.
     """
 
-    def __init__(self, name, attention):
+    def __init__(self, name):
         self.name = name
         self.loads = []
         self.told = []
@@ -53,7 +53,6 @@ class Actor:
         self.deaf = self.stopped = False
         self.absent = None
         self.stalled_s = 0.0
-        self._attention = attention
         self._processes = 1
         self._life = asyncio.get_running_loop().create_future()
 
@@ -91,7 +90,7 @@ class Actor:
         if self.failures:
             raise self.failures.pop(0)
         endpoint = Endpoint(self.name, "node", None, "127.0.0.1", len(self.loads))
-        return (endpoint, None, []) if self._attention else (endpoint, None)
+        return endpoint, None, []
 
     async def _use_ffn(self, version, endpoints, given_up):
         if self.deaf:
@@ -125,7 +124,7 @@ class Cluster:
 
     def member(self, role, index):
         name = f"{role}-{index}"
-        actor = Actor(name, role == "attention")
+        actor = Actor(name)
         endpoint = Endpoint(name, "node", None, "127.0.0.1", 0)
         restarts = Restarts(self.config.max_restarts)
         return Member(role, index, name, actor, actor.sentinel.remote(), restarts, endpoint)

@@ -85,3 +85,21 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, flags, words):
 def test_how_ffn_workers_divide_the_model(workers, replicas, parallel, shards):
     config = ServeConfig(ffn_workers=workers, ffn_replicas=replicas, ffn_parallel=parallel)
     assert config.ffn_shards == shards
+
+
+def test_scale_asks_for_a_number(capsys):
+    with pytest.raises(SystemExit):
+        main(["scale"])
+    assert "--attention-workers or --ffn-replicas" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["workers"], ["restart"], ["scale", "--ffn-replicas", "2"]])
+def test_an_operators_command_says_in_one_line_that_nobody_is_there(command, capsys):
+    assert main([*command, "--url", "127.0.0.1:1"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"afd {command[0]}: http://127.0.0.1:1")
+
+
+def test_attach_needs_workers_that_outlive_a_front_end():
+    with pytest.raises(ConfigError, match=r"--attach: .*--executor local"):
+        parse_serve(["m", "--executor", "local", "--attach"])

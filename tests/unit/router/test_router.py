@@ -337,3 +337,78 @@ async def test_statistics_are_passed_on_and_cost_no_token_when_they_fail(clients
         assert router.health() == []
     assert reader.token_ids == [5, 6]
     assert seen == [("attention-0", 1)] * 2
+
+
+async def test_a_new_replica_takes_requests_and_those_that_wait_first(clients):
+    async with Router(clients[:1]) as router:
+        clients[0].die()
+        reader = Reader(router, make_request("a"))
+        await until(router.health)
+        await turns()
+        router.add(new := MemoryClient("attention-7"))
+        await until(lambda: new.submitted)
+        new.give("a", 5, end="stop")
+        await reader.task
+        assert reader.token_ids == [5]
+
+
+async def test_a_draining_replica_ends_what_it_has_and_gets_no_more(clients):
+    async with Router(clients) as router:
+        first = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        draining = asyncio.create_task(router.drain("attention-0", 10.0))
+        await turns()
+        for name in "bc":
+            Reader(router, make_request(name))
+        await until(lambda: len(clients[1].submitted) == 2)
+        clients[0].give("a", 5)
+        clients[0].give("a", 6, end="stop")
+        await first.task
+        await draining
+        router.remove("attention-0")
+        assert first.token_ids == [5, 6]
+        assert (len(clients[0].submitted), clients[0].aborted, clients[0].closed) == (1, [], True)
+        assert router.health() == []
+
+
+async def test_what_a_draining_replica_does_not_end_in_time_goes_on_elsewhere(clients):
+    async with Router(clients) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        clients[0].give("a", 5)
+        await until(lambda: reader.token_ids == [5])
+        await router.drain("attention-0", 0.0)
+        assert clients[0].aborted == ["a"]
+        clients[0].give("a", 99)  # was under way when the abort was
+        assert clients[1].submitted[0].resumed_output_token_ids == (5,)
+        clients[1].give("a", 6, end="stop")
+        await reader.task
+        assert reader.token_ids == [5, 6]
+
+
+async def test_requests_wait_for_the_only_replica_to_come_back_from_draining(clients):
+    async with Router(clients[:1]) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        await router.drain("attention-0", 0.0)
+        later = Reader(router, make_request("b"))
+        await turns()
+        assert len(clients[0].submitted) == 1
+        router.replace("attention-0", back := MemoryClient("attention-0"))
+        await until(lambda: len(back.submitted) == 2)
+        for name in "ab":
+            back.give(name, 5, end="stop")
+        await asyncio.gather(reader.task, later.task)
+        assert (reader.token_ids, later.token_ids) == ([5], [5])
+
+
+async def test_a_replica_that_is_removed_at_once_loses_nothing(clients):
+    async with Router(clients) as router:
+        reader = Reader(router, make_request("a"))
+        await until(lambda: clients[0].submitted)
+        router.remove("attention-0")
+        await until(lambda: clients[1].submitted)
+        clients[1].give("a", 5, end="stop")
+        await reader.task
+        assert reader.token_ids == [5]
+        assert clients[0].closed

@@ -1,0 +1,63 @@
+"""The keeper of a Ray cluster of this host alone: a process that outlives a front-end which is killed.
+
+    python -m afd_server.cluster.keeper DIRECTORY ORPHAN_TIMEOUT_S
+
+It starts Ray, and ends it when the server has ended, or when no front-end has been there for the timeout. Ray's processes
+end with it whatever ends it: the kernel sees to that. Started by own_ray.py, which sets its environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError
+
+from afd_server.cluster.run_directory import RunDirectory
+from afd_server.telemetry.logs import configure_logging
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.2
+
+
+def keep(directory: RunDirectory, orphan_timeout_s: float) -> None:
+    """Returns when Ray is to end."""
+    alone_since = None
+    while not directory.has_ended():
+        now = time.monotonic()
+        if directory.has_front_end():
+            alone_since = None
+        elif alone_since is None:
+            alone_since = now
+            logger.warning("the front-end is gone; the workers are kept for %g s", orphan_timeout_s)
+        elif now - alone_since >= orphan_timeout_s:
+            logger.warning("no front-end has come for %g s: the workers are ended", orphan_timeout_s)
+            return
+        time.sleep(LOOK_EVERY_S)
+
+
+def main() -> int:
+    configure_logging("keeper")
+    directory, orphan_timeout_s = RunDirectory(Path(sys.argv[1])), float(sys.argv[2])
+    with directory.kept():
+        try:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError, RayError) as error:
+            directory.tell(problem=" ".join(str(error).split()) or type(error).__name__)
+            return 1
+        directory.tell(address=ray.get_runtime_context().gcs_address)
+        try:
+            keep(directory, orphan_timeout_s)
+        finally:
+            directory.end()
+            ray.shutdown()
+            directory.remove()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
