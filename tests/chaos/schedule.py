@@ -77,7 +77,7 @@ class Layout:
         return self.attention if role is Role.ATTENTION else self.ffn
 
 
-LONGEST_PAUSE_S = 2.0
+LONGEST_PAUSE_S = 1.0
 # While a worker restarts: its process is being started, or has just come up and loads.
 AGAIN_WITHIN_S = 6.0
 # Far below every deadline of the server.
