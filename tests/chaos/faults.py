@@ -10,12 +10,13 @@ import os
 import re
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import httpx
 import psutil
 
-from tests.chaos.schedule import Blow, Fault, Layout, Role
+from tests.chaos.schedule import Blow, Change, Fault, Layout, Role
 from tests.server_process import Server
 
 # For a restart on a machine that is busy with something else.
@@ -65,6 +66,7 @@ class Machine:
         """Does a fault and waits until the server is whole again. Raises NotRecoveredError."""
         done = Done(fault)
         await asyncio.sleep(fault.pause_s)
+        changing = asyncio.create_task(self._change(fault.changes))
         first_kill = last_kill = 0.0
         watch: asyncio.Task[float] | None = None
         stopped = []
@@ -85,9 +87,18 @@ class Machine:
         await asyncio.gather(*stopped)
         if watch is not None:
             done.detected_s = await watch - first_kill
+        answers = await changing
+        if not fault.blows and any(answer.status_code != 200 for answer in answers):
+            raise NotRecoveredError(f"a change was refused: {[answer.text for answer in answers]}")
         if fault.ends_workers:
             done.recovered_s = await self.whole_again(done.killed) - last_kill
+        elif answers:
+            await self.whole_again()
         return done
+
+    async def _change(self, changes: Sequence[Change]) -> list[httpx.Response]:
+        """Asks for one after the other; each is over when its answer comes. One that is disturbed may fail."""
+        return [await self._http.post(change.route, json=dict(change.numbers) or None) for change in changes]
 
     async def whole_again(self, gone: list[int] = []) -> float:  # noqa: B006
         """When every worker is there, none of them one of `gone`, and /health has no complaint."""

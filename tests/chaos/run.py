@@ -38,7 +38,7 @@ FLAGS = ("--served-model-name", MODEL_NAME, "--device", "cpu", "--max-model-len"
 LAYOUTS = {
     "2A1F": (Layout(2, 1), ("--attention-workers", 2)),
     "1A2F": (Layout(1, 2), ("--ffn-workers", 2, "--ffn-replicas", 2)),
-    "2A2F": (Layout(2, 2), ("--attention-workers", 2, "--ffn-workers", 2)),
+    "2A2F": (Layout(2, 2, ffn_shards=2), ("--attention-workers", 2, "--ffn-workers", 2)),
 }
 
 SETTLE_TIMEOUT_S = 60.0

@@ -29,6 +29,9 @@ class Kind(StrEnum):
     FREEZE_FFN = "freeze an FFN worker"
     FREEZE_ATTENTION = "freeze an attention worker"
     FREEZE_OTHER = "kill a worker, then freeze one of the other kind"
+    RENEW = "renew every worker (afd restart)"
+    SCALE = "one worker more of each kind, and one less (afd scale)"
+    KILL_RENEWED = "renew every worker, and kill one meanwhile"
     STOP_FFN = "stop an FFN worker for a moment"
     STOP_ATTENTION = "stop an attention worker for a moment"
     STOP_BOTH = "stop one of each for a moment"
@@ -54,12 +57,22 @@ class Blow:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """What an operator asks of a running server: the route, and the numbers to be."""
+
+    route: str
+    numbers: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
-    """Blows that belong together. pause_s: between the recovery from the fault before and the first blow."""
+    """Blows that belong together, and changes that begin with them. pause_s: between the recovery from the fault before
+    and this one."""
 
     kind: Kind
     pause_s: float
-    blows: tuple[Blow, ...]
+    blows: tuple[Blow, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     @property
     def ends_workers(self) -> bool:
@@ -68,10 +81,11 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many workers of each role the server has."""
+    """How many workers of each role the server has, and how many FFN workers make a copy of the FFN side."""
 
     attention: int
     ffn: int
+    ffn_shards: int = 1
 
     def workers(self, role: Role) -> int:
         return self.attention if role is Role.ATTENTION else self.ffn
@@ -89,7 +103,8 @@ def schedule(seed: int, layout: Layout, kinds: Sequence[Kind] = tuple(Kind)) -> 
     dice = random.Random(seed)
     while True:
         for kind in dice.sample(kinds, len(kinds)):
-            yield Fault(kind, dice.uniform(0, LONGEST_PAUSE_S), _blows(kind, layout, dice))
+            pause_s = dice.uniform(0, LONGEST_PAUSE_S)
+            yield Fault(kind, pause_s, _blows(kind, layout, dice), _changes(kind, layout))
 
 
 def _blows(kind: Kind, layout: Layout, dice: random.Random) -> tuple[Blow, ...]:
@@ -106,6 +121,10 @@ def _blows(kind: Kind, layout: Layout, dice: random.Random) -> tuple[Blow, ...]:
             return (one(Role.ATTENTION),)
         case Kind.KILL_BOTH:
             return tuple(one(role) for role in dice.sample(tuple(Role), 2))
+        case Kind.RENEW | Kind.SCALE:
+            return ()
+        case Kind.KILL_RENEWED:
+            return (one(dice.choice(tuple(Role)), delay_s=dice.uniform(0, AGAIN_WITHIN_S)),)
         case Kind.KILL_AGAIN:
             return (
                 one(dice.choice(tuple(Role))),
@@ -126,3 +145,15 @@ def _blows(kind: Kind, layout: Layout, dice: random.Random) -> tuple[Blow, ...]:
             return (one(Role.ATTENTION, moment_s()),)
         case Kind.STOP_BOTH:
             return tuple(one(role, moment_s()) for role in Role)
+
+
+def _changes(kind: Kind, layout: Layout) -> tuple[Change, ...]:
+    def scale(more: int) -> Change:
+        replicas = layout.ffn // layout.ffn_shards
+        return Change(
+            "/admin/scale", (("attention_workers", layout.attention + more), ("ffn_replicas", replicas + more))
+        )
+
+    if kind is Kind.SCALE:
+        return scale(1), scale(0)
+    return (Change("/admin/restart"),) if kind in (Kind.RENEW, Kind.KILL_RENEWED) else ()

@@ -33,7 +33,16 @@ def test_every_worker_is_hit_and_none_that_does_not_exist(faults):
 
 def test_what_ends_a_worker_is_told_from_what_stops_it(faults):
     for fault in faults:
-        harmless = fault.kind.endswith("for a moment")
+        harmless = fault.kind.endswith("for a moment") or fault.kind in (Kind.RENEW, Kind.SCALE)
         assert fault.ends_workers != harmless
         assert all(blow.ends_it != harmless for blow in fault.blows)
         assert all(not harmless or 0 < blow.stopped_s < 1 for blow in fault.blows)
+
+
+def test_what_is_scaled_ends_as_it_was(faults):
+    for fault in faults:
+        if fault.kind is Kind.SCALE:
+            assert [dict(change.numbers) for change in fault.changes] == [
+                {"attention_workers": 3, "ffn_replicas": 4},
+                {"attention_workers": 2, "ffn_replicas": 3},
+            ]
