@@ -87,7 +87,10 @@ class Machine:
         await asyncio.gather(*stopped)
         if watch is not None:
             done.detected_s = await watch - first_kill
-        answers = await changing
+        try:
+            answers = await changing
+        except httpx.HTTPError as error:
+            raise NotRecoveredError(f"a change has not ended: {type(error).__name__} {error}") from None
         if not fault.blows and any(answer.status_code != 200 for answer in answers):
             raise NotRecoveredError(f"a change was refused: {[answer.text for answer in answers]}")
         if fault.ends_workers:

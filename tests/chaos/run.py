@@ -33,7 +33,7 @@ CLIENTS = 16
 MAX_TOKENS = 400
 FLAGS = ("--served-model-name", MODEL_NAME, "--device", "cpu", "--max-model-len", 1024,
          "--kv-cache-memory-bytes", 8 << 20, "--ffn-timeout", LOST_AFTER_S,
-         "--heartbeat-timeout", 3, "--max-restarts", 1000)  # fmt: skip
+         "--heartbeat-timeout", 3, "--drain-timeout", 3, "--max-restarts", 1000)  # fmt: skip
 
 LAYOUTS = {
     "2A1F": (Layout(2, 1), ("--attention-workers", 2)),
