@@ -143,7 +143,9 @@ def _kept(before: dict[str, Holdings], after: dict[str, Holdings]) -> list[str]:
     for name, held in after.items():
         role = name.rpartition("-")[0]
         once = [holding for other, holding in before.items() if other.rpartition("-")[0] == role]
-        links = max(holding.link_memories for holding in once)  # fewer: a replica that came back is dialled when needed
+        links = max(
+            holding.link_memories for holding in once
+        )  # fewer: a replica that came back is dialled when needed
         if held.link_memories > links:
             wrong.append(f"{name} maps {held.link_memories} link memories instead of {links}")
         most = max(holding.descriptors.total() for holding in once)
