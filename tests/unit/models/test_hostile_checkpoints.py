@@ -96,13 +96,16 @@ def test_any_value_of_any_key(family_directory, tmp_path, data):
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"{", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b"\xff\xfe{}", b"null", b'{"weight_map": 5}', b'"x"'],
+    [b"", b"[]", b"{", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b"\xff\xfe{}", b"null", b'"x"'],
 )  # fmt: skip
 def test_a_damaged_json_file(copy, name, content):
-    if content.startswith(b'{"w') and "index" not in name:
-        pytest.skip("a key of the index alone")
     (copy / name).write_bytes(content)
     refused(copy, name)
+
+
+def test_an_index_whose_map_is_none(copy):
+    (copy / "model.safetensors.index.json").write_bytes(b'{"weight_map": 5}')
+    refused(copy, "model.safetensors.index.json")
 
 
 def test_a_json_file_without_an_end(copy, monkeypatch):
