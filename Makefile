@@ -3,7 +3,7 @@
 #   make serve       the default model, 1 attention and 1 FFN worker, on http://127.0.0.1:8000
 #   make serve-moe   the same model as a mixture of 8 experts, 1 attention and 2 FFN workers
 #   make test        lint, types and tests
-#   make chaos       workers killed and stopped under load for MINUTES=30, and a table of what came of it
+#   make chaos       workers and front-end killed under load for MINUTES=30, and a table of what came of it
 #   ARGS="--port 9000 --micro-batches 2" make serve      any flag of `afd serve`
 
 PYTHON ?= python3

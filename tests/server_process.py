@@ -1,5 +1,6 @@
 """A real server for tests: `python -m afd_server serve` as a child process, on a free port, asked over HTTP."""
 
+import contextlib
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
@@ -28,7 +30,7 @@ class Server:
 
     def __init__(self, model, *flags):
         self._log = tempfile.NamedTemporaryFile("w+", prefix="afd-server-", suffix=".log")  # noqa: SIM115
-        command = [
+        self._command = [
             sys.executable,
             "-u",
             *self.program,
@@ -38,20 +40,34 @@ class Server:
             "0",
             *map(str, flags),
         ]
-        self.process = subprocess.Popen(
-            command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        self._began_at = 0  # characters of the log: where this process began
+        self._left_behind = []  # children of front-ends that were killed
+        self._start()
+
+    def _start(self):
         self.url = ""
+        self.process = subprocess.Popen(
+            self._command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
     def __enter__(self):
         self.url = self.wait_for_log(r"is ready after.*?(http://\S+)")[1]
         return self
 
+    def kill_and_start_again(self):
+        """kill -9 of the front-end, then the same command. Returns when it is ready; what it left behind is this server's."""
+        self._left_behind += psutil.Process(self.process.pid).children()
+        self.process.kill()
+        self.process.wait(STOP_TIMEOUT_S)
+        self._began_at = len(self.log())
+        self._start()
+        self.__enter__()
+
     def wait_for_log(self, pattern):
-        """The match of a pattern in the log, once it is there."""
+        """The match of a pattern in what the present process has logged, once it is there."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self.process.poll() is None:
-            found = re.search(pattern, self.log(), re.S)
+            found = re.search(pattern, self.log()[self._began_at :], re.S)
             if found:
                 return found
             time.sleep(0.05)
@@ -100,14 +116,18 @@ class Server:
 
     def pids(self, role):
         """Process ids of the Ray actors of a role ("Attention" or "FFN") below this server."""
-        import psutil
-
-        family = psutil.Process(self.process.pid).children(recursive=True)
         found = []
-        for process in family:
+        for process in self._family():
             try:
                 if f"{role}Actor" in " ".join(process.cmdline()):
                     found.append(process.pid)
             except psutil.Error:
                 continue
         return found
+
+    def _family(self):
+        family = []
+        for root in [psutil.Process(self.process.pid), *self._left_behind]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family += root.children(recursive=True)
+        return family

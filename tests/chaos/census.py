@@ -43,13 +43,25 @@ class Family:
     """Every process that was ever seen below a server, so that none of them outlives it unseen."""
 
     def __init__(self, pid: int) -> None:
-        self._root = psutil.Process(pid)
-        self._seen: set[psutil.Process] = {self._root}  # by process id and time of creation
+        self._front_ends: set[psutil.Process] = set()
+        self._roots: set[psutil.Process] = set()  # a front-end that is killed leaves its children behind
+        self._seen: set[psutil.Process] = set()  # by process id and time of creation
+        self.add(pid)
+
+    def add(self, pid: int) -> None:
+        """The server's front-end is this process now. Harmless when it was before."""
+        self._front_ends.add(psutil.Process(pid))
+        self.look()
 
     def look(self) -> None:
         """Notes who is there now."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._seen.update(self._root.children(recursive=True))
+        for front_end in self._front_ends:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._roots.update([front_end, *front_end.children()])
+        for root in self._roots:
+            self._seen.add(root)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._seen.update(root.children(recursive=True))
 
     def zombies(self) -> list[str]:
         """Those that have ended and that nobody has taken note of."""

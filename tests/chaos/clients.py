@@ -43,10 +43,12 @@ class Answer:
 
 @dataclass(slots=True)
 class Told:
-    """One request's story: what was given or how it failed, and the longest time without a word."""
+    """One request's story: what was given or how it failed, and the longest time without a word. cut: what had been given
+    each time that the front-end was killed, whereupon the client asked again."""
 
     job: Job
     answer: Answer | None = None
+    cut: list[Answer] = field(default_factory=list)
     failure: str = ""
     longest_pause_s: float = 0.0
     ended_at: float = field(default_factory=time.monotonic)
@@ -83,21 +85,45 @@ def _job(index: int, dice: random.Random, max_tokens: int) -> Job:
     return Job(f"job-{index}", body)
 
 
+class FrontEnd:
+    """What clients know of the process that they speak to: how often it was killed, and whether it is there."""
+
+    def __init__(self) -> None:
+        self.kills = 0
+        self.up = asyncio.Event()
+        self.up.set()
+
+    def is_killed(self) -> None:
+        """To be called before it is, so that no client sees a cut connection without knowing why."""
+        self.kills += 1
+        self.up.clear()
+
+
 class Client:
     """Asks one server. The connections are httpx's, kept from one request to the next."""
 
-    def __init__(self, http: httpx.AsyncClient, model: str) -> None:
+    def __init__(self, http: httpx.AsyncClient, model: str, front_end: FrontEnd) -> None:
         self._http = http
         self._model = model
+        self._front_end = front_end
 
     async def ask(self, job: Job) -> Told:
-        """Streams one request to its end. A failure of any kind is noted, never raised."""
+        """Streams one request to its end, from its beginning again when the front-end was killed in the middle.
+
+        A failure of any kind is noted, never raised; so is a connection that was cut for no such reason.
+        """
         told = Told(job)
-        answer = Answer({}, defaultdict(list), defaultdict(list), {}, None)
-        try:
-            told.answer = await self._stream(job, answer, told)
-        except (httpx.HTTPError, ValueError, LookupError, AssertionError) as error:
-            told.failure = f"{type(error).__name__}: {error}"
+        while told.answer is None and not told.failure:
+            answer = Answer({}, defaultdict(list), defaultdict(list), {}, None)
+            await self._front_end.up.wait()
+            kills = self._front_end.kills
+            try:
+                told.answer = await self._stream(job, answer, told)
+            except (httpx.HTTPError, ValueError, LookupError, AssertionError) as error:
+                if isinstance(error, httpx.TransportError) and self._front_end.kills > kills:
+                    told.cut.append(answer)
+                else:
+                    told.failure = f"{type(error).__name__}: {error}"
         told.ended_at = time.monotonic()
         return told
 
@@ -152,10 +178,12 @@ def difference(expected: Answer, told: Told) -> str:
         return told.failure
     given = told.answer
     assert given is not None
-    if told.job.leaves_after is not None:
-        for index, token_ids in given.token_ids.items():
+    left = [given] if told.job.leaves_after is not None else []
+    for part in [*told.cut, *left]:
+        for index, token_ids in part.token_ids.items():
             if token_ids != expected.token_ids[index][: len(token_ids)]:
                 return _first_difference(expected.token_ids[index], token_ids)
+    if left:
         return ""
     for index, token_ids in expected.token_ids.items():
         if given.token_ids.get(index, []) != token_ids:
@@ -190,15 +218,14 @@ def _first_difference(expected: Sequence[int], given: Sequence[int]) -> str:
 
 async def ask_all(http: httpx.AsyncClient, model: str, jobs: Sequence[Job]) -> list[Told]:
     """Every job once, all at the same time, nobody leaving."""
-    client = Client(http, model)
+    client = Client(http, model, FrontEnd())
     return list(await asyncio.gather(*(client.ask(Job(job.name, job.body)) for job in jobs)))
 
 
 async def keep_asking(
-    http: httpx.AsyncClient, model: str, jobs: Sequence[Job], first: int, until: asyncio.Event, told: list[Told]
+    client: Client, jobs: Sequence[Job], first: int, until: asyncio.Event, told: list[Told]
 ) -> None:
-    """One client: the jobs in turn, beginning with number `first`, until the event is set. The last one is finished."""
-    client = Client(http, model)
+    """The jobs in turn, beginning with number `first`, until the event is set. The last one is finished."""
     number = first
     while not until.is_set():
         told.append(await client.ask(jobs[number % len(jobs)]))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import httpx
 import psutil
 
+from tests.chaos.clients import FrontEnd
 from tests.chaos.schedule import Blow, Change, Fault, Layout, Role
 from tests.server_process import Server
 
@@ -45,10 +46,11 @@ class Done:
 
 
 class Machine:
-    """A server whose workers are to be harmed."""
+    """A server whose workers are to be harmed, and its front-end. What clients know of the latter is `front_end`."""
 
     def __init__(self, server: Server, layout: Layout, http: httpx.AsyncClient) -> None:
         self.server = server
+        self.front_end = FrontEnd()
         self._layout = layout
         self._http = http
 
@@ -81,10 +83,13 @@ class Machine:
             os.kill(pid, signal.SIGSTOP if blow.stopped_s else signal.SIGKILL)
             last_kill = time.monotonic()
             done.killed.append(pid)
-            if watch is None:
+            if watch is None and not fault.kills_front_end:
                 first_kill = last_kill
                 watch = asyncio.create_task(self._detected())
         await asyncio.gather(*stopped)
+        if fault.kills_front_end:
+            last_kill = time.monotonic()
+            await self._kill_front_end(done)
         if watch is not None:
             done.detected_s = await watch - first_kill
         try:
@@ -93,11 +98,27 @@ class Machine:
             raise NotRecoveredError(f"a change has not ended: {type(error).__name__} {error}") from None
         if not fault.blows and any(answer.status_code != 200 for answer in answers):
             raise NotRecoveredError(f"a change was refused: {[answer.text for answer in answers]}")
-        if fault.ends_workers:
+        if fault.ends_workers or fault.kills_front_end:
             done.recovered_s = await self.whole_again(done.killed) - last_kill
         elif answers:
             await self.whole_again()
         return done
+
+    async def _kill_front_end(self, done: Done) -> None:
+        """Gives the same command again after the kill. Raises NotRecoveredError when that one does not come up, or has
+        ended workers that were there."""
+        left = {pid for role in Role for pid in self.pids(role)} - set(done.killed)
+        done.killed.append(self.server.process.pid)
+        self.front_end.is_killed()
+        try:
+            await asyncio.to_thread(self.server.kill_and_start_again)
+        except AssertionError as error:
+            raise NotRecoveredError(f"the front-end is not back: {error}") from None
+        finally:
+            self.front_end.up.set()
+        lost = left - {pid for role in Role for pid in self.pids(role)}
+        if lost:
+            raise NotRecoveredError(f"the new front-end has ended workers that were there: {sorted(lost)}")
 
     async def _change(self, changes: Sequence[Change]) -> list[httpx.Response]:
         """Asks for one after the other; each is over when its answer comes. One that is disturbed may fail."""

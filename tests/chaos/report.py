@@ -44,8 +44,14 @@ class Report:
             for row in rows
         ]
         lines.append(f"{len(self.requests)} requests, longest pause of a stream {self.longest_pause_s:.2f} s")
+        if any(done.fault.kills_front_end for done in self.faults):
+            lines.append(f"{self.num_cut} streams were cut by a killed front-end, and asked for again")
         lines.append(f"{len(self.wrong)} failures" + "".join(f"\n  {sentence}" for sentence in self.wrong[:20]))
         return "\n".join(lines)
+
+    @property
+    def num_cut(self) -> int:
+        return sum(len(told.cut) for told in self.requests)
 
     @property
     def longest_pause_s(self) -> float:
@@ -57,6 +63,7 @@ class Report:
             "faults": len(self.faults),
             "requests": len(self.requests),
             "failures": len(self.wrong),
+            "cut_streams": self.num_cut,
             "longest_pause_s": round(self.longest_pause_s, 3),
             "detected_max_s": _rounded(max(_detected(self.faults), default=None)),
             "recovery_p50_s": _rounded(percentile(recovered, 50)),

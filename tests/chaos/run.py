@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import random
+import socket
 import sys
 import tempfile
 import time
@@ -20,7 +22,17 @@ from pathlib import Path
 import httpx
 
 from tests.chaos.census import Family, Holdings, abandoned_shared_memory, holdings
-from tests.chaos.clients import LOST_AFTER_S, Answer, Job, Told, ask_all, difference, keep_asking, make_jobs
+from tests.chaos.clients import (
+    LOST_AFTER_S,
+    Answer,
+    Client,
+    Job,
+    Told,
+    ask_all,
+    difference,
+    keep_asking,
+    make_jobs,
+)
 from tests.chaos.faults import POLL_S, Machine, NotRecoveredError
 from tests.chaos.report import Report
 from tests.chaos.schedule import Fault, Kind, Layout, Role, schedule
@@ -56,7 +68,7 @@ def run(model: Path, layout_name: str, seed: int, faults: Iterable[Fault]) -> Re
     """Starts a server, does the faults to it, stops it. seed: of the requests."""
     layout, flags = LAYOUTS[layout_name]
     began = time.time()
-    with Server(model, *FLAGS, *flags) as server:
+    with Server(model, *FLAGS, "--port", _free_port(), *flags) as server:
         family = Family(server.process.pid)
         report = asyncio.run(_disturb(server, layout, seed, faults, family))
         code = server.stop()
@@ -101,15 +113,25 @@ async def _stream_while_harmed(
     enough = asyncio.Event()
     async with _http(machine.server) as http, asyncio.TaskGroup() as clients:
         for number in range(CLIENTS):
-            clients.create_task(keep_asking(http, MODEL_NAME, jobs, number, enough, report.requests))
+            client = Client(http, MODEL_NAME, machine.front_end)
+            clients.create_task(keep_asking(client, jobs, number, enough, report.requests))
         try:
             for fault in faults:
                 family.look()
                 report.faults.append(await machine.harm(fault))
+                family.add(machine.server.process.pid)
         except NotRecoveredError as error:
             report.wrong.append(f"{fault.kind}: {error}")
         finally:
             enough.set()
+
+
+def _free_port() -> int:
+    """A server that is started again is to be found where it was: not a port that the kernel may give to others meanwhile."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
+            return int(free.getsockname()[1])
 
 
 def _http(server: Server) -> httpx.AsyncClient:

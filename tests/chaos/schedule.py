@@ -32,6 +32,8 @@ class Kind(StrEnum):
     RENEW = "renew every worker (afd restart)"
     SCALE = "one worker more of each kind, and one less (afd scale)"
     KILL_RENEWED = "renew every worker, and kill one meanwhile"
+    KILL_FRONT_END = "kill the front-end, and start it again"
+    KILL_FRONT_END_TOO = "kill a worker and the front-end at once"
     STOP_FFN = "stop an FFN worker for a moment"
     STOP_ATTENTION = "stop an attention worker for a moment"
     STOP_BOTH = "stop one of each for a moment"
@@ -67,12 +69,13 @@ class Change:
 @dataclass(frozen=True, slots=True)
 class Fault:
     """Blows that belong together, and changes that begin with them. pause_s: between the recovery from the fault before
-    and this one."""
+    and this one. kills_front_end: after the blows, and the same command is given again."""
 
     kind: Kind
     pause_s: float
     blows: tuple[Blow, ...] = ()
     changes: tuple[Change, ...] = ()
+    kills_front_end: bool = False
 
     @property
     def ends_workers(self) -> bool:
@@ -104,7 +107,8 @@ def schedule(seed: int, layout: Layout, kinds: Sequence[Kind] = tuple(Kind)) -> 
     while True:
         for kind in dice.sample(kinds, len(kinds)):
             pause_s = dice.uniform(0, LONGEST_PAUSE_S)
-            yield Fault(kind, pause_s, _blows(kind, layout, dice), _changes(kind, layout))
+            front_end = kind in (Kind.KILL_FRONT_END, Kind.KILL_FRONT_END_TOO)
+            yield Fault(kind, pause_s, _blows(kind, layout, dice), _changes(kind, layout), front_end)
 
 
 def _blows(kind: Kind, layout: Layout, dice: random.Random) -> tuple[Blow, ...]:
@@ -121,8 +125,10 @@ def _blows(kind: Kind, layout: Layout, dice: random.Random) -> tuple[Blow, ...]:
             return (one(Role.ATTENTION),)
         case Kind.KILL_BOTH:
             return tuple(one(role) for role in dice.sample(tuple(Role), 2))
-        case Kind.RENEW | Kind.SCALE:
+        case Kind.RENEW | Kind.SCALE | Kind.KILL_FRONT_END:
             return ()
+        case Kind.KILL_FRONT_END_TOO:
+            return (one(dice.choice(tuple(Role))),)
         case Kind.KILL_RENEWED:
             return (one(dice.choice(tuple(Role)), delay_s=dice.uniform(0, AGAIN_WITHIN_S)),)
         case Kind.KILL_AGAIN:

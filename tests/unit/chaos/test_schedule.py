@@ -33,10 +33,20 @@ def test_every_worker_is_hit_and_none_that_does_not_exist(faults):
 
 def test_what_ends_a_worker_is_told_from_what_stops_it(faults):
     for fault in faults:
-        harmless = fault.kind.endswith("for a moment") or fault.kind in (Kind.RENEW, Kind.SCALE)
+        harmless = fault.kind.endswith("for a moment") or fault.kind in (
+            Kind.RENEW,
+            Kind.SCALE,
+            Kind.KILL_FRONT_END,
+        )
         assert fault.ends_workers != harmless
         assert all(blow.ends_it != harmless for blow in fault.blows)
         assert all(not harmless or 0 < blow.stopped_s < 1 for blow in fault.blows)
+
+
+def test_the_front_end_is_killed_alone_and_with_a_worker(faults):
+    killed = [fault for fault in faults if fault.kills_front_end]
+    assert {(fault.kind, len(fault.blows)) for fault in killed} == {
+        (Kind.KILL_FRONT_END, 0), (Kind.KILL_FRONT_END_TOO, 1)}  # fmt: skip
 
 
 def test_what_is_scaled_ends_as_it_was(faults):
