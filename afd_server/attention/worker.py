@@ -6,6 +6,7 @@ What does not: which requests run and which blocks they own (engine/), the model
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 
@@ -86,14 +87,21 @@ class AttentionWorker:
     def warm_up(self, sizes: Sequence[int]) -> list[tuple[StepPlan, StepTiming]]:
         """Runs one decode-like step per batch size and gives its times: first-touch costs and a first measurement.
 
-        Writes into KV blocks 0 to max(sizes) - 1, so it must come before the first request.
+        Tokens are drawn: equal ones would all choose the same experts, and a step would be far too fast. Writes into KV
+        blocks 0 to max(sizes) - 1, so it must come before the first request.
         """
         measured = []
+        generator = random.Random(0)
         for size in sizes:
             names = tuple(f"warm-up-{row}" for row in range(size))
-            parts = tuple(ScheduledRequest(name, 0, (0,), (row,), True) for row, name in enumerate(names))
+            tokens = [(generator.randrange(self._half.spec.vocab_size),) for _ in names]
+            parts = tuple(
+                ScheduledRequest(name, 0, token, (row,), True)
+                for row, (name, token) in enumerate(zip(names, tokens, strict=True))
+            )
             started = tuple(
-                StartedRequest(name, (0,), (), SamplingParams(1, temperature=0.0)) for name in names
+                StartedRequest(name, token, (), SamplingParams(1, temperature=0.0))
+                for name, token in zip(names, tokens, strict=True)
             )
             plan = StepPlan(0, (parts,), started)
             measured.append((plan, self.execute(plan).timing))

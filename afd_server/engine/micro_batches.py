@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from afd_server.config import MAX_MICRO_BATCHES
@@ -91,14 +91,20 @@ def predict_step_s(hops: Sequence[HopTimes], num_layers: int) -> float:
 
 
 class SizeRecord:
-    """The number of micro-batches in use for steps of one size, and the trials of others. Costs are seconds over the
-    seconds predicted for one micro-batch, so that steps of somewhat different tokens compare."""
+    """The number of micro-batches in use for steps of one size, and the trials of others.
 
-    def __init__(self) -> None:
+    whole_s: seconds of a step with one micro-batch, by its tokens, as far as is known when it is called. What steps took
+    is compared in shares of it, since their tokens differ somewhat, and only when it is compared, since it is learnt.
+    """
+
+    def __init__(self, whole_s: Callable[[int], float]) -> None:
+        self._whole_s = whole_s
         self._best = 1
-        self._costs: deque[float] = deque(maxlen=FIRST_TRIAL_AFTER)  # of the last steps with the best
+        self._steps: deque[tuple[int, float]] = deque(
+            maxlen=FIRST_TRIAL_AFTER
+        )  # (tokens, s): the last with the best
         self._trial: int | None = None
-        self._trial_costs: list[float] = []
+        self._trial_steps: list[tuple[int, float]] = []
         self._num_trials: dict[int, int] = {}  # by micro-batches
         self._pause_steps = self._steps_left = FIRST_TRIAL_AFTER
 
@@ -109,14 +115,16 @@ class SizeRecord:
         wanted = self._trial or self._best
         return wanted if wanted == 1 or wanted in _promising(predicted_s) else 1
 
-    def note(self, num_micro_batches: int, cost: float) -> None:
+    def note(self, num_micro_batches: int, num_tokens: int, seconds: float) -> None:
         """Takes in what a step took that ran with the number chosen."""
+        step = num_tokens, seconds
         if num_micro_batches == self._trial:
-            self._trial_costs.append(cost)
-            if len(self._trial_costs) == TRIAL_STEPS or cost > (1 + TRIAL_LOSS) * self._usual():
+            self._trial_steps.append(step)
+            bad = self._cost([step]) > (1 + TRIAL_LOSS) * self._cost(self._steps)
+            if bad or len(self._trial_steps) == TRIAL_STEPS:
                 self._end_trial()
         elif num_micro_batches == self._best:
-            self._costs.append(cost)
+            self._steps.append(step)
             self._steps_left -= 1
 
     def _challenger(self, predicted_s: Sequence[float]) -> int | None:
@@ -129,20 +137,18 @@ class SizeRecord:
     def _end_trial(self) -> None:
         assert self._trial is not None
         self._num_trials[self._trial] = self._num_trials.get(self._trial, 0) + 1
-        if (
-            len(self._trial_costs) == TRIAL_STEPS
-            and statistics.median(self._trial_costs) < (1 - MARGIN) * self._usual()
-        ):
+        complete = len(self._trial_steps) == TRIAL_STEPS
+        if complete and self._cost(self._trial_steps) < (1 - MARGIN) * self._cost(self._steps):
             self._best = self._trial
-            self._costs.clear()
-            self._costs.extend(self._trial_costs)
+            self._steps.clear()
+            self._steps.extend(self._trial_steps)
         self._trial = None
-        self._trial_costs.clear()
+        self._trial_steps.clear()
         self._pause_steps = min(TRIAL_GROWTH * self._pause_steps, LAST_TRIAL_AFTER)
         self._steps_left = self._pause_steps
 
-    def _usual(self) -> float:
-        return statistics.median(self._costs)
+    def _cost(self, steps: Iterable[tuple[int, float]]) -> float:
+        return statistics.median(seconds / self._whole_s(tokens) for tokens, seconds in steps)
 
 
 def _promising(predicted_s: Sequence[float]) -> list[int]:
@@ -167,7 +173,7 @@ class MicroBatchChooser:
         self._records: dict[int, SizeRecord] = {}  # by size
         self._predictions: dict[tuple[int, ...], list[float]] = {}  # by the step's numbers of tokens, sorted
         self._num_observed = 0
-        self._chosen: tuple[SizeRecord, float] | None = None  # with the seconds predicted for one micro-batch
+        self._chosen: SizeRecord | None = None  # where the next step is noted
 
     def choose(self, num_tokens: Sequence[int]) -> int:
         """For a step with these numbers of tokens, one entry per request. Never more than there are requests."""
@@ -182,9 +188,8 @@ class MicroBatchChooser:
         predicted_s = self._predictions.get(key)
         if predicted_s is None:
             predicted_s = self._predictions[key] = [self._predict(key, count) for count in range(1, most + 1)]
-        record = self._records.setdefault(size_of(total), SizeRecord())
-        self._chosen = record, predicted_s[0]
-        return record.choose(predicted_s)
+        self._chosen = self._records.setdefault(size_of(total), SizeRecord(self._whole_s))
+        return self._chosen.choose(predicted_s)
 
     def observe(self, timing: StepTiming) -> None:
         """Takes in what a step took."""
@@ -197,13 +202,16 @@ class MicroBatchChooser:
         if timing.num_micro_batches == 1:
             self._measure(timing)
         if chosen is not None:
-            record, whole_s = chosen
-            record.note(timing.num_micro_batches, (timing.attention_s + timing.bubble_s) / whole_s)
+            chosen.note(timing.num_micro_batches, timing.num_tokens, timing.attention_s + timing.bubble_s)
 
     def _measure(self, timing: StepTiming) -> None:
         self._num_layers = timing.num_hops
         seconds = timing.attention_s, timing.ffn_s, timing.wire_s
         self._measured.observe((timing.num_tokens, *(each / timing.num_hops for each in seconds)))
+
+    def _whole_s(self, num_tokens: int) -> float:
+        _, *seconds = at(self._measured.points(), num_tokens)
+        return self._num_layers * sum(seconds)
 
     def _predict(self, num_tokens: Sequence[int], num_micro_batches: int) -> float:
         parts = divide(num_tokens, num_micro_batches)

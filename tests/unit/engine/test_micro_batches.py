@@ -199,6 +199,15 @@ def test_overlap_that_does_not_pay_costs_less_than_two_percent_from_the_start():
     assert max(choices) > 1
 
 
+@pytest.mark.parametrize("steps_before", range(0, 16, 2))
+def test_times_measured_before_the_first_request_may_be_far_too_short(steps_before):
+    """Steps are compared by what is known when they are compared: not some by one scale and the others by another."""
+    machine = Machine(contention=1.7, weights_s=5e-2)
+    chooser = warmed_up(Machine(weights_s=5e-3, token_s=2e-4))
+    run_steps(chooser, machine, [1], steps_before)
+    assert run_steps(chooser, machine, [1] * 8, 300).count(1) > 290
+
+
 def test_a_bad_trial_ends_after_its_first_step():
     machine = Machine(contention=2.5)
     choices = run_steps(warmed_up(machine), machine, [1] * 64, 3000)
