@@ -1,17 +1,19 @@
 """More load than a server can take: what a promise of time per token costs, and what becomes of requests without one.
 
     .venv/bin/python benchmarks/checkpoints.py tiny /tmp/tiny
-    .venv/bin/python benchmarks/overload.py /tmp/tiny --seconds 20 --write
+    .venv/bin/python benchmarks/overload.py /tmp/tiny --seconds 12 --rounds 3 --write
 
 Two servers of this project run side by side, one with --tpot-sla-ms and --ttft-sla-ms, one without ("admission off"); load is
-put on one at a time. First the capacity: as many requests a second as the first one answers to clients that always ask
-again, the best of some rounds, since what else runs on the machine only takes away. Then, for each share of it, requests come at random times (Poisson) for some seconds, on the one server, then the
-same requests at the same times on the other. Prompts and outputs are of mixed lengths.
+put on one at a time. First the capacity: as many good requests a second as the first one gives clients that always ask
+again, the best of three, since what else runs on the machine only takes away. Then, for each share of it, requests come at
+random times (Poisson) for some seconds, on the one server, then the same requests at the same times on the other. All of it
+is done in several rounds, so that whatever else changes in the meantime falls on all shares alike; a row of the table is a
+share's rounds taken together. Prompts and outputs are of mixed lengths.
 
 A request is good when its first token came within the TTFT promise and its mean time per later token is within the TPOT
-promise. Goodput is the good requests that ended a second, after the first quarter of the time. A request that has not ended
-some time after the last came is given up and is not good. Predictions are compared with real steps by the server's own
-metrics. The last line is JSON; --write puts the table into OVERLOAD.md.
+promise. Goodput is the good requests that ended a second, after the first quarter of each turn's time. A request that has not
+ended some time after the last came is given up and is not good. Predictions are compared with real steps by the server's own
+metrics. The last line is JSON; --write puts the table in the place of OVERLOAD.md's first section.
 """
 
 from __future__ import annotations
@@ -103,8 +105,8 @@ async def client_of(url: str) -> Any:
         yield client, (await client.get("/v1/models")).json()["data"][0]["id"]
 
 
-async def capacity(url: str, clients: int, seconds: float) -> float:
-    """Requests answered a second to so many clients that always have another one, after the first quarter of the time."""
+async def capacity(url: str, clients: int, seconds: float, promise: Promise) -> float:
+    """Good requests a second of so many clients that always have another one, after the first quarter of the time."""
     ends: list[float] = []
     generator = random.Random()
 
@@ -113,10 +115,10 @@ async def capacity(url: str, clients: int, seconds: float) -> float:
             words, tokens = generator.randint(*PROMPT_WORDS), generator.randint(*OUTPUT_TOKENS)
             arrival = Arrival(0.0, make_prompt(generator, words), tokens)
             outcome = await ask(client, model, arrival, began)
-            if outcome.sample is not None:
-                ends.append(outcome.end_s)
-            else:
+            if outcome.sample is None:
                 await asyncio.sleep(LONGEST_PAUSE_S * generator.random())
+            elif promise.is_kept(outcome.sample):
+                ends.append(outcome.end_s)
 
     async with client_of(url) as (client, model):
         began = time.perf_counter()
@@ -180,13 +182,15 @@ def prediction_error(exposition: str) -> float | None:
 
 @dataclass(frozen=True)
 class Turn:
-    """One share of the capacity on one server. Times in milliseconds, of the requests that were served to their end."""
+    """One share of the capacity on one server, all rounds. Times in milliseconds, of the requests that were served to their
+    end. goodputs_per_s: of each round."""
 
     side: str
     share: float
     offered: int
     served: int
     goodput_per_s: float
+    goodputs_per_s: list[float]
     good_tokens_per_s: float
     within_tpot: float
     within_ttft: float
@@ -197,22 +201,29 @@ class Turn:
     not_served: dict[str, int]
 
 
-def summed_up(side: str, share: float, seconds: float, promise: Promise, outcomes: list[Outcome]) -> Turn:
+def summed_up(side: str, share: float, seconds: float, promise: Promise, rounds: list[list[Outcome]]) -> Turn:
+    outcomes = [outcome for turn in rounds for outcome in turn]
     samples = [outcome.sample for outcome in outcomes if outcome.sample is not None]
     settled_s = SETTLING_SHARE * seconds
+    counted_s = seconds - settled_s
     good = [
-        outcome.sample.tokens
-        for outcome in outcomes
-        if outcome.sample is not None
-        and promise.is_kept(outcome.sample)
-        and settled_s <= outcome.end_s < seconds
+        [
+            outcome.sample.tokens
+            for outcome in turn
+            if outcome.sample is not None
+            and promise.is_kept(outcome.sample)
+            and settled_s <= outcome.end_s < seconds
+        ]
+        for turn in rounds
     ]
+    goodputs_per_s = [len(tokens) / counted_s for tokens in good]
     tpots_ms = [sample.tpot_s * 1e3 for sample in samples] or [0.0]
     ttfts_ms = [sample.ttft_s * 1e3 for sample in samples] or [0.0]
     return Turn(
         side, share, len(outcomes), len(samples),
-        goodput_per_s=round(len(good) / (seconds - settled_s), 2),
-        good_tokens_per_s=round(sum(good) / (seconds - settled_s), 1),
+        goodput_per_s=round(statistics.mean(goodputs_per_s), 2),
+        goodputs_per_s=[round(goodput, 2) for goodput in goodputs_per_s],
+        good_tokens_per_s=round(sum(map(sum, good)) / counted_s / len(rounds), 1),
         within_tpot=round(sum(tpot <= promise.tpot_ms for tpot in tpots_ms) / len(tpots_ms), 4),
         within_ttft=round(sum(ttft <= promise.ttft_ms for ttft in ttfts_ms) / len(ttfts_ms), 4),
         tpot_p50_ms=round(percentile(tpots_ms, 0.5), 1),
@@ -225,7 +236,8 @@ def summed_up(side: str, share: float, seconds: float, promise: Promise, outcome
 
 def row(turn: Turn) -> tuple[str, ...]:
     return (
-        turn.side, f"{turn.share:g}x", f"{turn.offered}", f"{turn.served}", f"{turn.goodput_per_s:.2f}",
+        turn.side, f"{turn.share:g}x", f"{turn.offered}", f"{turn.served}",
+        f"{turn.goodput_per_s:.2f} ({min(turn.goodputs_per_s):.1f} to {max(turn.goodputs_per_s):.1f})",
         f"{turn.good_tokens_per_s:.0f}", f"{turn.tpot_p50_ms:.0f} / {turn.tpot_p99_ms:.0f}", f"{turn.within_tpot:.1%}",
         f"{turn.ttft_p50_ms:.0f} / {turn.ttft_p99_ms:.0f}", f"{turn.within_ttft:.1%}",
         ", ".join(f"{count} {why}" for why, count in turn.not_served.items()) or "-",
@@ -247,31 +259,37 @@ def section(report: dict[str, Any], turns: list[Turn], command: str) -> str:
 What `overload.py` measured last; its docstring says how, and what the words mean. Goals: {GOALS}.
 
 `{command}` at commit {report["commit"]}, on {report["machine"]}. Promised: {report["tpot_sla_ms"]:g} ms per token,
-{report["ttft_sla_ms"]:g} ms to the first. Capacity: {report["capacity_per_s"]} requests/s. Each turn took {report["seconds"]:g} s.
+{report["ttft_sla_ms"]:g} ms to the first. Capacity: {report["capacity_per_s"]} requests/s; one client alone has
+{report["single_tpot_ms"]} ms a token. {report["rounds"]} rounds, of {report["seconds"]:g} s for each share; good/s: of all rounds (least to greatest).
 
 {table}
 
-Goodput at 2x is {report["goodput_2x_of_peak"]:.0%} of the peak; with admission off {report["goodput_2x_of_peak_off"]:.0%} of the
-same peak. Of all requests served under the promise {report["within_tpot"]:.2%} kept their TPOT, at 2x {report["within_tpot_2x"]:.2%}.
-The step-time model's median error over all real steps is {report["prediction_error"]:.1%}. Refused, by the server's own count:
-{", ".join(f"{count:g} {reason}" for reason, count in report["refusals"].items()) or "none"}.
+Goodput at 2x is {report["goodput_2x_of_peak"]:.0%} of the peak, which is {report["peak_per_s"]} requests/s; with admission off it is
+{report["goodput_2x_of_peak_off"]:.0%} of the same peak. Of all requests served under the promise {report["within_tpot"]:.2%} kept their TPOT, at 2x
+{report["within_tpot_2x"]:.2%}. The step-time model's median error over all real steps is {report["prediction_error"]:.1%}. Refused, by the
+server's own count: {", ".join(f"{count:g} {reason}" for reason, count in report["refusals"].items()) or "none"}.
 """
 
 
 def take_turns(
-    urls: dict[str, str], shares: list[float], rate: float, promise: Promise, seconds: float
+    urls: dict[str, str], shares: list[float], rate: float, promise: Promise, arguments: argparse.Namespace
 ) -> list[Turn]:
-    """The same requests on one server and then on the other, for each share of the capacity."""
-    turns = []
-    for share in shares:
-        requests = arrivals(share * rate, seconds, f"share {share}")
-        for side, url in urls.items():
-            patience_s = 2 * promise.ttft_ms / 1e3 + 2 * OUTPUT_TOKENS[1] * promise.tpot_ms / 1e3
-            outcomes = asyncio.run(offer(url, requests, patience_s))
-            turns.append(summed_up(side, share, seconds, promise, outcomes))
-            print("  ".join(row(turns[-1])), flush=True)
-            asyncio.run(wait_until_idle(url))
-    return turns
+    """The same requests on one server and then on the other, for each share of the capacity, in so many rounds."""
+    outcomes: dict[tuple[str, float], list[list[Outcome]]] = {
+        (side, share): [] for share in shares for side in urls
+    }
+    patience_s = 2 * promise.ttft_ms / 1e3 + 2 * OUTPUT_TOKENS[1] * promise.tpot_ms / 1e3
+    for number in range(arguments.rounds):
+        for share in shares:
+            requests = arrivals(share * rate, arguments.seconds, f"share {share} round {number}")
+            for side, url in urls.items():
+                outcomes[side, share].append(asyncio.run(offer(url, requests, patience_s)))
+                turn = summed_up(side, share, arguments.seconds, promise, outcomes[side, share][-1:])
+                print("  ".join(row(turn)), flush=True)
+                asyncio.run(wait_until_idle(url))
+    return [
+        summed_up(side, share, arguments.seconds, promise, turns) for (side, share), turns in outcomes.items()
+    ]
 
 
 def report_of(turns: list[Turn]) -> dict[str, Any]:
@@ -284,7 +302,9 @@ def report_of(turns: list[Turn]) -> dict[str, Any]:
     peak = max(turn.goodput_per_s for turn in kept) or 1.0
     served = sum(turn.served for turn in kept)
     return {
+        "peak_per_s": peak,
         "goodput_2x_of_peak": round(goodput("on", 2.0) / peak, 3),
+        "goodput_3x_of_peak": round(goodput("on", 3.0) / peak, 3),
         "goodput_2x_of_peak_off": round(goodput("off", 2.0) / peak, 3),
         "within_tpot": round(sum(turn.within_tpot * turn.served for turn in kept) / max(1, served), 4),
         "within_tpot_2x": next((turn.within_tpot for turn in kept if turn.share == 2.0), 1.0),
@@ -313,6 +333,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ttft-sla-ms", type=float, default=2000.0)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--seconds", type=float, default=20.0, help="for which requests come, of each turn")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=48, help="while the capacity is measured")
     parser.add_argument("--flags", default="", help="for both servers")
     parser.add_argument("--on-only", action="store_true", help="leave out the server without a promise")
@@ -336,24 +357,30 @@ def main() -> int:
         for url in urls.values():
             asyncio.run(warm_up(url, None, replace(Load(), output_tokens=16)))
         single_ms = single_tpot_ms(urls["on"])
-        rates = [asyncio.run(capacity(urls["on"], arguments.clients, arguments.seconds / 2)) for _ in range(3)]
+        rates = [
+            asyncio.run(capacity(urls["on"], arguments.clients, arguments.seconds / 2, promise))
+            for _ in range(3)
+        ]
         rate = max(rates)
         print(
             f"one client: TPOT {single_ms:.1f} ms; capacity {rates} requests/s\n{'  '.join(HEADS)}",
             flush=True,
         )
         asyncio.run(wait_until_idle(urls["on"]))
-        turns = take_turns(urls, arguments.shares, rate, promise, arguments.seconds)
+        turns = take_turns(urls, arguments.shares, rate, promise, arguments)
         exposition = httpx.get(f"{urls['on']}/metrics", timeout=10).text
     report = {
         "commit": commit(), "machine": machine(), "tpot_sla_ms": promise.tpot_ms, "ttft_sla_ms": promise.ttft_ms,
         "single_tpot_ms": round(single_ms, 1), "capacity_per_s": round(rate, 2), "seconds": arguments.seconds,
+        "rounds": arguments.rounds,
         **report_of(turns), "prediction_error": prediction_error(exposition), "refusals": refusals(exposition),
         "turns": [asdict(turn) for turn in turns],
     }  # fmt: skip
     if arguments.write:
         command = f"benchmarks/overload.py {shlex.join(word for word in sys.argv[1:] if word != '--write')}"
-        (HERE / "OVERLOAD.md").write_text(section(report, turns, command))
+        file = HERE / "OVERLOAD.md"
+        _, heading, rest = file.read_text().partition("\n## ")
+        file.write_text(section(report, turns, command) + heading + rest)
     print(json.dumps(report))
     return 0
 

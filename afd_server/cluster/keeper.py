@@ -22,6 +22,24 @@ from afd_server.telemetry.logs import configure_logging
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.2
+# Niceness of the workers' session towards others; see let_others_go_first.
+SESSION_NICENESS = 4
+
+
+def let_others_go_first() -> None:
+    """Makes the session of this process, which is its own and the workers', yield to those of the front-end and of clients on
+    this host, which need little of the processors but need it at once.
+
+    Linux shares the processors between sessions first and only then between their processes (sched(7), autogroups). With
+    equal shares, a front-end has waited for up to 2 s beside busy workers. Niceness of processes does not count between sessions.
+    """
+    file = Path("/proc/self/autogroup")
+    if not file.exists():  # another system, or a kernel without them
+        return
+    try:
+        file.write_text(str(SESSION_NICENESS))
+    except OSError as error:
+        logger.warning("the workers' session does not yield to the front-end: %s", error)
 
 
 def keep(directory: RunDirectory, orphan_timeout_s: float) -> None:
@@ -42,6 +60,7 @@ def keep(directory: RunDirectory, orphan_timeout_s: float) -> None:
 
 def main() -> int:
     configure_logging("keeper")
+    let_others_go_first()
     directory, orphan_timeout_s = RunDirectory(Path(sys.argv[1])), float(sys.argv[2])
     with directory.kept():
         try:

@@ -7,13 +7,15 @@ those who wait (fair_queue.py). Nothing here runs without a promise of time per 
 A replica takes a request when one more keeps the pace, and when what it has still to read fits its next steps: so requests
 wait here, where priority, fairness and deadlines hold, not in a replica. From each replica's forecast follow, for p prompt
 and o output tokens, the seconds of its steps that they take: p * prompt_token_s + o * request_s, of the limit_s - base_s
-that a step of limit_s has for them. The wait is the work of those ahead, at the speed of all replicas together. What first
-tokens really took corrects it: forecasts know neither what else slows the machine down nor who will overtake.
+that a step of limit_s has for them.
 
-A request whose first token is predicted after `--ttft-sla-ms` is refused at once, one that has waited so long that it would
-be is refused then, and beyond `--max-queue-len` the last in order is. A replica that has nothing to do takes anything,
-whatever is predicted: a prediction that became too high would else never be corrected. Who was admitted and lost its
-replica is not asked again.
+The time to the first token has two parts. The wait here is the work of those ahead, at the speed of all replicas together;
+it is only an estimate, corrected by what waits really took on average. From its start a request needs the rest of the step
+under way and the steps that read its prompt; this is known well, and is taken for as long as nearly all have really needed.
+So a request must start by `--ttft-sla-ms` less the second part: it is refused at once when its wait is predicted to be longer,
+and when the time has come and it still waits. Beyond `--max-queue-len` the last in order is refused. A replica that has
+nothing to do takes anything, whatever is predicted: a prediction that became too high would else never be corrected. Who was
+admitted and lost its replica is not asked again.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ from afd_server.types import GenerationRequest, StepForecast
 
 # What a replica may have to read, in steps: one that runs, and the one that is planned when it ends.
 READ_AHEAD_STEPS = 2
-# Of the promise of the first token: for what the prediction does not know.
-MARGIN = 0.1
-# So much of what is known of earlier predictions is left after each further one, and the correction that follows is bounded.
+# Of the promise of the first token: for the way from and to the client.
+MARGIN = 0.05
+# So much of what is known of earlier waits is left after each further one, and the correction that follows is bounded.
 MEMORY = 0.95
 CORRECTIONS = (0.5, 4.0)
+# So many of those that start need no longer to their first token than is assumed, and how fast the assumption follows.
+CERTAINTY = 0.98
+ADAPTION = 0.1
 # The longest wait where no promise of the first token bounds it.
 QUEUE_TIMEOUT_S = 600.0
 # The length of outputs that is assumed before one has ended.
@@ -75,10 +80,25 @@ class ReplicaLoad:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """For a request that comes now: seconds to its first token, and per token after it if it ran at once."""
+    """For a request that comes now: seconds until it starts, from then to its first token, and per token after it if it ran at
+    once."""
 
-    ttft_s: float
+    wait_s: float
+    reading_s: float
     tpot_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        return self.wait_s + self.reading_s
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """What belongs to a request while it waits. timer: of its deadline. expected_s: its wait, uncorrected."""
+
+    waiting: Waiting
+    timer: asyncio.TimerHandle
+    expected_s: float
 
 
 class Fleet(Protocol):
@@ -109,25 +129,26 @@ class Admission:
         self._metrics = metrics
         self._clock = clock
         self._queue = FairQueue()
-        self._queued: dict[Stream, tuple[Waiting, asyncio.TimerHandle]] = {}
-        self._unanswered: dict[Stream, tuple[float, float]] = {}  # when it came, and the uncorrected prediction
-        self._taken_s = self._predicted_s = 1.0
+        self._queued: dict[Stream, Queued] = {}
+        # Of those that have started beside others and have no output yet: when, and how soon it was expected, uncorrected.
+        self._reading: dict[Stream, tuple[float, float]] = {}
+        self._waited_s = self._expected_wait_s = 1.0  # sums over the last ones that waited
+        self._slowness = 1.0  # nearly all need at most this multiple of what was expected, from their start to the first token
         self._output_tokens = OUTPUT_TOKENS
 
     def enter(self, stream: Stream, fleet: Fleet) -> None:
         """Places the request, or lets it wait: then it is placed later, or fails. Raises OverloadedError."""
         request, loads = stream.request, fleet.loads()
-        now_s = self._clock()
-        waiting = self._queue.add(stream, self._cost_tokens(request), now_s)
+        waiting = self._queue.add(stream, self._cost_tokens(request), self._clock())
         prediction = self._predict(waiting, loads)
-        late = self._ttft_sla_s is not None and prediction.ttft_s > (1 - MARGIN) * self._ttft_sla_s
-        if late and all(load.num_requests for load in loads):
+        longest_wait_s = QUEUE_TIMEOUT_S
+        if self._ttft_sla_s is not None:
+            longest_wait_s = (1 - MARGIN) * self._ttft_sla_s - prediction.reading_s
+        if prediction.wait_s > longest_wait_s and all(load.num_requests for load in loads):
             self._queue.drop(waiting)
             raise self._refusal("ttft_predicted", prediction)
-        wait_s = self._longest_wait_s(request, loads)
-        self._unanswered[stream] = now_s, prediction.ttft_s / self._correction
-        timer = asyncio.get_running_loop().call_later(wait_s, self._expire, stream, fleet)
-        self._queued[stream] = waiting, timer
+        timer = asyncio.get_running_loop().call_later(longest_wait_s, self._expire, stream, fleet)
+        self._queued[stream] = Queued(waiting, timer, prediction.wait_s / self._correction)
         self.advance(fleet)
         if stream not in self._queued:
             return
@@ -145,46 +166,60 @@ class Admission:
         """Places those who may start now, in order. Called whenever a replica's load has changed."""
         while self._queue:
             waiting = self._queue.first()
-            num_tokens = len(waiting.stream.request.prompt_token_ids)
-            free = [load.name for load in fleet.loads() if load.has_room(num_tokens)]
-            if not free or not fleet.place(waiting.stream, free):
+            stream, now_s = waiting.stream, self._clock()
+            num_tokens = len(stream.request.prompt_token_ids)
+            free = [load for load in fleet.loads() if load.has_room(num_tokens)]
+            if not free or not fleet.place(stream, [load.name for load in free]):
                 break
             self._queue.serve(waiting)
-            self._forget(waiting.stream)
-            self._metrics.observe_queue_time(self._clock() - waiting.arrived_s)
+            self._note_wait(stream, now_s)
+            self._forget(stream)
+            self._metrics.observe_queue_time(now_s - waiting.arrived_s)
+            busy = [load for load in free if load.num_requests and load.forecast]
+            if busy:
+                self._reading[stream] = now_s, min(self._reading_s(load, stream.request) for load in busy)
 
     def leave(self, stream: Stream) -> None:
         """It does not wait any more, if it did."""
-        self._unanswered.pop(stream, None)
+        self._reading.pop(stream, None)
         if stream in self._queued:
-            self._queue.drop(self._queued[stream][0])
+            self._queue.drop(self._queued[stream].waiting)
             self._forget(stream)
 
     def note_output(self, stream: Stream) -> None:
-        """It has got tokens. Where they are the first, they tell how good the prediction was."""
-        if stream in self._unanswered:
-            came_s, predicted_s = self._unanswered.pop(stream)
-            self._taken_s = MEMORY * self._taken_s + self._clock() - came_s
-            self._predicted_s = MEMORY * self._predicted_s + predicted_s
+        """It has got tokens. Where they are the first, they tell how long it took from the start."""
+        if stream in self._reading:
+            began_s, expected_s = self._reading.pop(stream)
+            late = self._clock() - began_s > self._slowness * expected_s
+            self._slowness *= 1 + ADAPTION * (CERTAINTY if late else CERTAINTY - 1)
+            self._slowness = min(max(self._slowness, 1.0), CORRECTIONS[1])
 
     def note_end(self, num_output_tokens: int) -> None:
         """A request has ended with so many tokens."""
         self._output_tokens += SMOOTHING * (num_output_tokens - self._output_tokens)
 
-    @property
-    def _correction(self) -> float:
-        least, most = CORRECTIONS
-        return min(max(self._taken_s / max(self._predicted_s, 1e-9), least), most)
-
     # --- inside ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _correction(self) -> float:
+        """Of a wait: what waits have really taken, as a multiple of what was expected."""
+        least, most = CORRECTIONS
+        return min(max(self._waited_s / max(self._expected_wait_s, 1e-9), least), most)
+
+    def _note_wait(self, stream: Stream, now_s: float) -> None:
+        """Its wait has ended."""
+        queued = self._queued[stream]
+        self._waited_s = MEMORY * self._waited_s + now_s - queued.waiting.arrived_s
+        self._expected_wait_s = MEMORY * self._expected_wait_s + queued.expected_s
+
     def _forget(self, stream: Stream) -> None:
-        self._queued.pop(stream)[1].cancel()
+        self._queued.pop(stream).timer.cancel()
         self._metrics.set_queue_length(len(self._queue))
 
     def _expire(self, stream: Stream, fleet: Fleet) -> None:
         """It has waited as long as it may."""
-        prediction = self._predict(self._queued[stream][0], fleet.loads())
+        prediction = self._predict(self._queued[stream].waiting, fleet.loads())
+        self._note_wait(stream, self._clock())
         self.leave(stream)
         stream.fail(self._refusal("ttft_deadline", prediction))
 
@@ -211,30 +246,36 @@ class Admission:
     def _expected_output(self, request: GenerationRequest) -> float:
         return min(request.sampling.max_tokens, self._output_tokens)
 
-    def _longest_wait_s(self, request: GenerationRequest, loads: Sequence[ReplicaLoad]) -> float:
-        """After it the first token comes too late, if the prompt is read beside others."""
-        if self._ttft_sla_s is None:
-            return QUEUE_TIMEOUT_S
-        own = len(request.prompt_token_ids), self._expected_output(request)
-        own_s = [work_s(load.forecast, *own) + load.forecast.limit_s for load in loads if load.forecast]
-        return max(0.0, self._ttft_sla_s - self._correction * min(own_s, default=0.0))
-
     def _predict(self, waiting: Waiting, loads: Sequence[ReplicaLoad]) -> Prediction:
         """What the forecasts say, as far as there are any."""
         known = [(load, load.forecast) for load in loads if load.forecast is not None]
         if not known:
-            return Prediction(0.0, 0.0)
+            return Prediction(0.0, 0.0, 0.0)
         ahead = self._queue.ahead(waiting)
         prompt_tokens = sum(len(other.stream.request.prompt_token_ids) for other in ahead)
         output_tokens = sum(self._expected_output(other.stream.request) for other in ahead)
         speeds = [1 / max(work_s(forecast, prompt_tokens, output_tokens), 1e-9) for _, forecast in known]
-        request = waiting.stream.request
-        own = len(request.prompt_token_ids), self._expected_output(request)
-        wait_s = 1 / sum(speeds) if ahead else 0.0
         return Prediction(
-            self._correction * (wait_s + min(_reading_s(load, *own) for load, _ in known)),
+            self._correction / sum(speeds) if ahead else 0.0,
+            self._slowness * min(self._reading_s(load, waiting.stream.request) for load, _ in known),
             min(forecast.base_s + (load.num_requests + 1) * forecast.request_s for load, forecast in known),
         )
+
+    def _reading_s(self, load: ReplicaLoad, request: GenerationRequest) -> float:
+        """From the request's start at this replica to its first token, uncorrected.
+
+        Prompts get what decoding requests leave of a step; on a busy replica, where some end all the time, at least the share
+        that prompts have of the work. And there the step under way has to end first.
+        """
+        forecast = load.forecast
+        assert forecast is not None
+        own_s = len(request.prompt_token_ids) * forecast.prompt_token_s
+        if not load.num_requests:
+            return forecast.base_s + own_s
+        share = own_s / max(own_s + self._expected_output(request) * forecast.request_s, 1e-9)
+        step_s = max(load.free_s, share * variable_s(forecast), 1e-9)
+        num_steps = max(1.0, (own_s + load.reading_tokens * forecast.prompt_token_s) / step_s)
+        return (1 + num_steps) * forecast.limit_s
 
 
 def variable_s(forecast: StepForecast) -> float:
@@ -246,21 +287,6 @@ def work_s(forecast: StepForecast, prompt_tokens: float, output_tokens: float) -
     """Seconds for which so many tokens keep a busy replica."""
     work = prompt_tokens * forecast.prompt_token_s + output_tokens * forecast.request_s
     return work * forecast.limit_s / variable_s(forecast)
-
-
-def _reading_s(load: ReplicaLoad, prompt_tokens: int, output_tokens: float) -> float:
-    """From a request's start at this replica to its first token.
-
-    Prompts get what decoding requests leave of a step; on a busy replica, where some end all the time, at least the share
-    that prompts have of the work.
-    """
-    forecast = load.forecast
-    assert forecast is not None
-    own_s = prompt_tokens * forecast.prompt_token_s
-    share = own_s / max(own_s + output_tokens * forecast.request_s, 1e-9)
-    step_s = max(load.free_s, share * variable_s(forecast), 1e-9)
-    reading_s = own_s + load.reading_tokens * forecast.prompt_token_s
-    return max(1.0, reading_s / step_s) * (forecast.limit_s if load.num_requests else forecast.base_s + own_s)
 
 
 def _ms(seconds: float) -> str:

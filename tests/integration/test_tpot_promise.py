@@ -1,6 +1,8 @@
 """A server that promises a pace it cannot keep for many: some are refused with a reason, all others get what they asked for."""
 
 import asyncio
+import os
+from pathlib import Path
 
 import httpx
 import pytest
@@ -67,3 +69,19 @@ async def test_priority_is_served_where_requests_queue(server):
         answer = await client.post("/v1/completions", json=body(priority=-1, max_tokens=2))
     assert answer.status_code == 200
     assert "secret" not in server.log()
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel does not share by sessions")
+def test_workers_yield_to_the_front_end(server):
+    """Where processors are short the front-end goes first: a token that nobody passes on is late, too."""
+
+    def session(pid):
+        return Path(f"/proc/{pid}/autogroup").read_text().split()[-1], os.getpriority(os.PRIO_PROCESS, pid)
+
+    front_end = session(server.process.pid)
+    workers = server.pids("Attention") + server.pids("FFN")
+    assert len(workers) == 2
+    for pid in workers:
+        session_niceness, niceness = session(pid)
+        assert int(session_niceness) > int(front_end[0])
+        assert niceness == front_end[1]

@@ -128,11 +128,12 @@ async def test_a_first_token_that_would_come_too_late_is_refused_with_the_predic
             num_waiting += 1
         except OverloadedError as error:
             refusal = error
-    # Each takes 210 ms of a step's 80 ms for requests, of 100 ms: 0.2625 s; three ahead, itself as long again, is too late.
+    # Each takes 210 ms of a step's 80 ms for requests, of 100 ms: 0.2625 s. Three are ahead; its own prompt is read in 3.625
+    # steps, since it gets its share of each and the one under way must end first: 1.15 s.
     assert num_waiting == 3
     assert refusal.reason == "ttft_predicted"
     assert refusal.retry_after_s == 1
-    assert "after 1050 ms, at most 1000 ms are promised" in str(refusal)
+    assert "after 1150 ms, at most 1000 ms are promised" in str(refusal)
     assert "a token every 102 ms, 110 ms are promised" in str(refusal)
     assert value(metrics, 'requests_refused_total{model_name="m",reason="ttft_predicted"}') == 1
 
@@ -172,26 +173,54 @@ async def test_who_has_waited_in_vain_is_refused_then():
     assert drain(admission, fleet) == []
 
 
-async def test_a_prediction_that_was_too_good_makes_the_next_ones_more_careful():
-    async def num_accepted(slower):
+async def num_accepted(admission, *, output=100):
+    """By a fleet without a place, until one is refused."""
+    for count in range(1000):
+        try:
+            admission.enter(a_stream(f"new{count}", output=output), Fleet(FULL))
+        except OverloadedError:
+            return count
+    raise AssertionError("nobody was refused")
+
+
+async def test_waits_that_took_longer_than_expected_are_expected_to_take_longer():
+    async def accepted(slower):
         clock = Clock()
         admission, _ = an_admission(ttft_sla_s=3.0, clock=clock)
-        for number in range(60):
-            stream = a_stream(f"past{number}")
-            admission.enter(stream, Fleet(replace(FULL, num_requests=39)))
-            clock.now += slower * 0.2625  # which is predicted
-            admission.note_output(stream)
-        fleet = Fleet(FULL)
-        for count in range(1000):
-            try:
-                admission.enter(a_stream(str(count)), fleet)
-            except OverloadedError:
-                return count
-        raise AssertionError("nobody was refused")
+        for number in range(100):
+            fleet = Fleet(FULL)
+            for name in "ab":
+                admission.enter(a_stream(f"{name}{number}"), fleet)
+            clock.now += slower * 0.2625 / 2  # the second's, of the two
+            assert len(drain(admission, fleet)) == 2
+        return await num_accepted(admission)
 
-    assert await num_accepted(1.0) == 10
-    assert await num_accepted(2.0) == 5
-    assert await num_accepted(0.7) == 14
+    assert await accepted(1.0) == 10
+    assert await accepted(2.0) == 5
+    assert await accepted(0.7) == 14
+
+
+async def test_a_request_must_start_while_nearly_all_would_still_have_their_first_token_in_time():
+    """The replica has room, and its first tokens take as long as expected, or for one in ten three times as long."""
+
+    async def last_start_s(slow):
+        clock = Clock()
+        admission, _ = an_admission(ttft_sla_s=3.0, clock=clock)
+        for number in range(1000):
+            stream = a_stream(f"past{number}")
+            fleet = Fleet(replace(FULL, num_requests=30))  # reads it in the step after the one under way
+            admission.enter(stream, fleet)
+            clock.now += 0.2 * (3 if slow and number % 10 == 0 else 1)
+            admission.note_output(stream)
+        loop = asyncio.get_running_loop()
+        admission.enter(a_stream("a"), Fleet(FULL))
+        (queued,) = admission._queued.values()
+        return queued.timer.when() - loop.time()
+
+    usual_s, careful_s = await last_start_s(slow=False), await last_start_s(slow=True)
+    own_s = 0.3625  # see above
+    assert usual_s == pytest.approx(0.95 * 3.0 - own_s, abs=0.05)
+    assert 0.95 * 3.0 - 3.5 * own_s < careful_s < 0.95 * 3.0 - 2 * own_s
 
 
 async def test_a_client_that_left_does_not_wait():
@@ -264,13 +293,7 @@ async def test_outputs_that_end_early_shorten_the_wait_of_those_that_ask_for_muc
         admission, _ = an_admission(ttft_sla_s=2.0)
         for _ in range(200):
             admission.note_end(mean_output)
-        fleet = Fleet(FULL)
-        for count in range(1000):
-            try:
-                admission.enter(a_stream(str(count), output=5000), fleet)
-            except OverloadedError:
-                return count
-        raise AssertionError("nobody was refused")
+        return await num_accepted(admission, output=5000)
 
     assert await accepted(20) > 2 * await accepted(200)
 
