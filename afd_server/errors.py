@@ -97,6 +97,10 @@ class WorkerTimeoutError(WorkerError):
     """A worker did not answer within its deadline."""
 
 
+class WorkerFrozenError(WorkerTimeoutError):
+    """A worker's process answers nothing at all, not even that it is there."""
+
+
 class WorkerFailedError(WorkerError):
     """A worker says that it could not compute a call. The call is idempotent and may be sent again."""
 

@@ -23,7 +23,8 @@ from typing import Self
 from afd_server.attention.ffn_group import Connector
 from afd_server.checkpoints.locate import locate_model
 from afd_server.cluster.layout import link_shape, resolve
-from afd_server.cluster.workers import AttentionReplica, FFNServer, Started, attention_name, ffn_name
+from afd_server.cluster.names import attention_name, ffn_name
+from afd_server.cluster.workers import AttentionReplica, FFNServer, Started
 from afd_server.config import ServeConfig
 from afd_server.errors import CannotScaleError, StartError
 from afd_server.models.families import read_model_spec

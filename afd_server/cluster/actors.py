@@ -1,7 +1,9 @@
 """The Ray actors: a process around each worker, and nothing more.
 
-An actor is constructed empty and then told to `load`: a load that fails gives its caller the reason in one sentence,
-where a failing constructor would give Ray's traceback. After a restart by Ray the supervisor loads it again.
+An actor is constructed empty, within a moment, and then told to `load`: a load that fails gives its caller the reason in one
+sentence, where a failing constructor would give Ray's traceback. After a restart by Ray the supervisor loads it again.
+torch is imported by the load (hosting.py), so that a process answers heartbeats before, and one that dies or raises in
+its imports is known like one that does so later.
 Its methods run on several threads at once, because `sentinel` lasts as long as the worker: its failure tells of the
 actor's death.
 """
@@ -15,28 +17,22 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from afd_server.attention.ffn_group import Connector
-from afd_server.cluster.layout import link_shape
-from afd_server.cluster.workers import AttentionReplica, FFNServer, WorkerInfo, attention_name, ffn_name
+from afd_server.cluster.names import attention_name, ffn_name
 from afd_server.config import ServeConfig
-from afd_server.errors import ServingError, StartError, WorkerDiedError
-from afd_server.models.families import read_model_spec
+from afd_server.errors import ServingError, StartError
 from afd_server.telemetry.logs import configure_logging
-from afd_server.transport.base import Endpoint, Link
-from afd_server.transport.connect import choose_transport, connect
-from afd_server.transport.control import ControlServer
-from afd_server.transport.listener import SocketListener
 
-# Of a worker: where it listens, what it tells of itself, and the transport to each FFN worker that an attention worker uses.
-Loaded = tuple[Endpoint, WorkerInfo, list[str]]
+if TYPE_CHECKING:
+    from afd_server.cluster.hosting import AttentionHost, FFNHost, Loaded
+    from afd_server.transport.base import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +40,6 @@ logger = logging.getLogger(__name__)
 ACTOR_THREADS = 6
 # Between two looks whether the worker's own thread lives.
 THREAD_POLL_S = 0.5
-CONTROL_TIMEOUT_S = 10.0
 # How long the calls to an FFN worker that is to leave may take. Past it they are sent again elsewhere.
 RETIRE_TIMEOUT_S = 5.0
 
@@ -86,8 +81,8 @@ class WorkerActor:
     """What both kinds have in common: being there, being spoken to, and being gone."""
 
     def __init__(self, config: ServeConfig, index: int, server: Server) -> None:
-        self._config, self._index, self._server, self._secret = config, index, server, server.secret
-        self._worker: FFNServer | AttentionReplica | None = None
+        self._config, self._index, self._server = config, index, server
+        self._host: FFNHost | AttentionHost | None = None
         self._loaded: Loaded | None = None
         self._loading = threading.Lock()
         self._ffn_version = 0  # attention workers have a list of FFN workers
@@ -104,8 +99,8 @@ class WorkerActor:
     def heartbeat(self) -> Pulse:
         """Answers at once, whatever the worker does: the process is up. And it hears that there is a front-end."""
         self._heard_at = time.monotonic()
-        worker = self._worker
-        return Pulse(self._process, _node(), os.getpid(), worker.stalled_s() if worker is not None else 0.0)
+        host = self._host
+        return Pulse(self._process, _node(), os.getpid(), host.worker.stalled_s() if host is not None else 0.0)
 
     def sentinel(self) -> str:
         """Fails with the process. Returns, with the reason, when the worker's thread has ended by itself: the process is
@@ -116,17 +111,17 @@ class WorkerActor:
             time.sleep(THREAD_POLL_S)
             if self._sentinels != mine:
                 return ""
-            worker = self._worker
-            if worker is not None and not worker.is_alive():
-                reason = worker.failure or "its thread has ended"
+            host = self._host
+            if host is not None and not host.worker.is_alive():
+                reason = host.worker.failure or "its thread has ended"
                 logger.critical("%s; this process is to be started again", reason)
                 return reason
 
     def stop(self) -> None:
         """Ends the worker after the step or batch under way."""
-        worker, self._worker, self._loaded = self._worker, None, None
-        if worker is not None:
-            worker.stop()
+        host, self._host, self._loaded = self._host, None, None
+        if host is not None:
+            host.stop()
 
     def _silent_s(self) -> float:
         """How long no front-end has spoken to it. One that waits for it to load need not."""
@@ -166,20 +161,22 @@ class FFNActor(WorkerActor):
         return self._load_once(self._load)
 
     def _load(self) -> Loaded:
+        from afd_server.cluster.hosting import FFNHost
+
         self.stop()
-        listener = SocketListener(ffn_name(self._index), _node(), self._secret, host=_address())
-        server = FFNServer(self._config, self._index, listener)
-        self._worker = server
-        return listener.endpoint, server.info, []
+        host = FFNHost(self._config, self._index, self._server.secret, _node(), _address())
+        self._host = host
+        return host.loaded
 
 
 class AttentionActor(WorkerActor):
     """Process of one attention worker: an engine thread, and an event loop for the channel to the router."""
 
+    _host: AttentionHost | None
+
     def __init__(self, config: ServeConfig, index: int, server: Server) -> None:
         configure_logging(attention_name(index))
         super().__init__(config, index, server)
-        self._control: ControlServer | None = None
         # The FFN workers in use, or to be used by a load under way, by index, and the version of that list; see Supervisor.
         self._ffn: dict[int, Endpoint] = {}
         self._ffn_lock = threading.Lock()
@@ -197,26 +194,25 @@ class AttentionActor(WorkerActor):
         return loaded
 
     def _load(self, version: int, ffn: Mapping[int, Endpoint]) -> Loaded:
+        from afd_server.cluster.hosting import AttentionHost
+
         self.stop()
         with self._ffn_lock:
             self._ffn, self._ffn_version = dict(ffn), version
-        connectors = {index: self._connector(index) for index in ffn}
-        replica: AttentionReplica
-        control = ControlServer(
-            self._secret,
-            name=attention_name(self._index),
-            node=_node(),
-            host=_address(),
-            on_submit=lambda request: replica.loop.submit(request),
-            on_abort=lambda request_id: replica.loop.abort(request_id),
-        )
-        replica = AttentionReplica(
-            self._config, self._index, connectors, control.publish, workers_per_gpu=_workers_per_gpu()
+        host = AttentionHost(
+            self._config,
+            self._index,
+            self._server.secret,
+            _node(),
+            _address(),
+            ffn=ffn,
+            endpoint_of=lambda index: self._ffn.get(index),
+            events=self._events,
+            workers_per_gpu=_workers_per_gpu(),
         )
         with self._ffn_lock:
-            self._worker, self._control = replica, control
-        self._on_events(control.start())
-        return control.endpoint, replica.info, [self._transport(endpoint) for endpoint in ffn.values()]
+            self._host = host
+        return host.loaded
 
     def use_ffn(self, version: int, ffn: Mapping[int, Endpoint], given_up: Mapping[int, str]) -> None:
         """These are the FFN workers now, all of them, and those among them that are given up; ignored when a later version is known.
@@ -224,50 +220,26 @@ class AttentionActor(WorkerActor):
         Returns when no call is under way to one that is missing from them.
         """
         with self._ffn_lock:
-            replica = self._worker
+            host = self._host
             if version <= self._ffn_version:
                 return
-            if not isinstance(replica, AttentionReplica):
+            if host is None:
                 # A load under way dials there, too. Who has come or gone it is told again when it is loaded.
                 self._ffn |= {index: endpoint for index, endpoint in ffn.items() if index in self._ffn}
                 return
             before, self._ffn, self._ffn_version = self._ffn, dict(ffn), version
             for index, endpoint in ffn.items():
                 if before.get(index) != endpoint:
-                    replica.replace_ffn(index, self._connector(index))
+                    host.replace_ffn(index)
             self._give_up(given_up)
         for index in before.keys() - ffn.keys():
-            if not replica.retire_ffn(index, RETIRE_TIMEOUT_S):
+            if not host.worker.retire_ffn(index, RETIRE_TIMEOUT_S):
                 logger.warning("FFN worker %d leaves with a call under way, which is sent again", index)
 
     def _give_up(self, given_up: Mapping[int, str]) -> None:
         for index, reason in given_up.items():
-            if isinstance(self._worker, AttentionReplica):
-                self._worker.give_up_ffn(index, reason)
-
-    def stop(self) -> None:
-        super().stop()
-        control, self._control = self._control, None
-        if control is not None:
-            self._on_events(control.close())
-
-    def _on_events(self, coroutine: Coroutine[None, None, None]) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self._events).result(CONTROL_TIMEOUT_S)
-
-    def _transport(self, endpoint: Endpoint) -> str:
-        return choose_transport(self._config.transport, _node(), endpoint)
-
-    def _connector(self, index: int) -> Connector:
-        """Dials FFN worker `index` where it listens at that moment."""
-        shape = link_shape(self._config, read_model_spec(self._config.model))
-
-        def dial(timeout_s: float) -> Link:
-            endpoint = self._ffn.get(index)
-            if endpoint is None:
-                raise WorkerDiedError(ffn_name(index), "it has left")
-            return connect(endpoint, shape, self._index, self._secret, self._transport(endpoint), timeout_s)
-
-        return dial
+            if self._host is not None:
+                self._host.worker.give_up_ffn(index, reason)
 
 
 def _workers_per_gpu() -> int:

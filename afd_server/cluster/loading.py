@@ -14,57 +14,86 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from afd_server.cluster.placement import START_POLL_S, Deadline
-from afd_server.cluster.watch import Member, first_line, is_final
+from afd_server.cluster.watch import (
+    PROCESS_TIMEOUT_S,
+    Member,
+    first_line,
+    is_final,
+    loading_heartbeat_timeout_s,
+)
+from afd_server.config import ServeConfig
 from afd_server.errors import StartError
-
-# For a process to come up. It imports torch, from a disk that may be slow; a process that cannot start is tried again and
-# again by Ray, which says so in its log only.
-PROCESS_TIMEOUT_S = 120.0
 
 
 def wait_for_processes(members: Sequence[Member], cancelled: threading.Event) -> None:
-    """Returns when every member's process answers. Raises StartError."""
+    """Returns when every member's process answers. Raises StartError when no further one comes within PROCESS_TIMEOUT_S."""
+    waiting = {member.actor.heartbeat.remote(): member for member in members}
     deadline = Deadline(PROCESS_TIMEOUT_S, cancelled)
-    problem = f"no process after {PROCESS_TIMEOUT_S:g} s (see worker-*.err in /tmp/ray/session_latest/logs of its node)"
-    for member, pulse in zip(members, _ask_all(members, "heartbeat", deadline, problem), strict=True):
-        member.pulse = pulse
+    while waiting:
+        # A process that cannot start is tried again and again by Ray, which says so in its log only.
+        problem = f"no process within {PROCESS_TIMEOUT_S:g} s (see worker-*.err in /tmp/ray/session_latest/logs of its node)"
+        for member, pulse in _answers(waiting, deadline, problem):
+            member.pulse = pulse
+            deadline = Deadline(PROCESS_TIMEOUT_S, cancelled)  # they may share few cores
 
 
 def load_all(
-    members: Sequence[Member], deadline: Deadline, *arguments: Any, meanwhile: Sequence[Member]
-) -> list[Any]:
-    """Every member's answer to `load`. Raises StartError. meanwhile: who is not to take itself for an orphan until then."""
-    problem = f"not loaded within {deadline.timeout_s:g} s (raise --start-timeout)"
-    return _ask_all(members, "load", deadline, problem, *arguments, meanwhile=meanwhile)
-
-
-def _ask_all(
     members: Sequence[Member],
-    method: str,
     deadline: Deadline,
-    problem: str,
+    config: ServeConfig,
     *arguments: Any,
-    meanwhile: Sequence[Member] = (),
+    everyone: Sequence[Member],
 ) -> list[Any]:
-    """Every member's answer; the first failure ends the wait, and so does the deadline, with this problem."""
-    waiting = {getattr(member.actor, method).remote(*arguments): member for member in members}
+    """Every member's answer to `load`. Raises StartError. everyone: the workers that have to be there meanwhile, all of them."""
+    waiting = {member.actor.load.remote(*arguments): member for member in members}
+    problem = f"not loaded within {deadline.timeout_s:g} s (raise --start-timeout)"
+    heartbeats = [_Heartbeat(member, loading_heartbeat_timeout_s(config)) for member in everyone]
     results: dict[str, Any] = {}
-    while len(results) < len(members):
-        ready, _ = ray.wait(list(waiting), timeout=START_POLL_S)
-        if not ready:
-            for member in meanwhile:
-                member.actor.heartbeat.remote()
-            names = ", ".join(member.name for member in waiting.values())
-            deadline.check(f"{names}: {problem}")
-            continue
-        member = waiting.pop(ready[0])
-        try:
-            results[member.name] = ray.get(ready[0])
-        except RayTaskError as error:
-            raise StartError(f"{member.name}: {first_line(error)}") from None
-        except RayError as error:
-            raise StartError(f"{member.name}: {_why_ended(error)}") from None
+    while waiting:
+        answered = _answers(waiting, deadline, problem)
+        results |= {member.name: loaded for member, loaded in answered}
+        for heartbeat in heartbeats if not answered else ():
+            heartbeat.check()
     return [results[member.name] for member in members]
+
+
+class _Heartbeat:
+    """Asks a worker again and again. That also tells it that it is no orphan."""
+
+    def __init__(self, member: Member, timeout_s: float) -> None:
+        self._member, self._timeout_s = member, timeout_s
+        self._ask()
+
+    def _ask(self) -> None:
+        self._asked, self._looks = self._member.actor.heartbeat.remote(), 0
+
+    def check(self) -> None:
+        """A look at the answer, one every START_POLL_S. Raises StartError when there has been none for too long; a death shows elsewhere."""
+        if ray.wait([self._asked], timeout=0)[0]:
+            self._ask()
+            return
+        self._looks += 1  # by looks, not by the clock: see watch.LOOK_EVERY_S
+        if self._looks * START_POLL_S >= self._timeout_s:
+            raise StartError(f"{self._member.name}: has not answered for {self._timeout_s:g} s while it loaded")
+
+
+def _answers(waiting: dict[Any, Member], deadline: Deadline, problem: str) -> list[tuple[Member, Any]]:
+    """The calls that have been answered, which wait no longer; [] after a moment. The first failure raises StartError, and so
+    does the deadline, with this problem."""
+    ready, _ = ray.wait(list(waiting), timeout=START_POLL_S)
+    if not ready:
+        names = ", ".join(member.name for member in waiting.values())
+        deadline.check(f"{names}: {problem}")
+    return [(member := waiting.pop(call), _answer(member, call)) for call in ready]
+
+
+def _answer(member: Member, call: Any) -> Any:
+    try:
+        return ray.get(call)
+    except RayTaskError as error:
+        raise StartError(f"{member.name}: {first_line(error)}") from None
+    except RayError as error:
+        raise StartError(f"{member.name}: {_why_ended(error)}") from None
 
 
 def _why_ended(error: RayError) -> str:

@@ -21,6 +21,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from afd_server.cluster.actors import AttentionActor, FFNActor
 from afd_server.cluster.loading import load_all, wait_for_processes
+from afd_server.cluster.names import worker_name
 from afd_server.cluster.own_ray import OwnRay
 from afd_server.cluster.placement import (
     START_POLL_S,
@@ -39,7 +40,7 @@ from afd_server.cluster.restarts import Restarts
 from afd_server.cluster.supervisor import Supervisor
 from afd_server.cluster.survivors import find_crew, new_crew
 from afd_server.cluster.watch import Member, Role, first_line
-from afd_server.cluster.workers import Started, worker_name
+from afd_server.cluster.workers import Started
 from afd_server.config import ServeConfig
 from afd_server.errors import UnavailableError
 from afd_server.router.router import Router
@@ -100,7 +101,8 @@ class RayCluster:
         for role in KINDS:
             arguments = () if role == "ffn" else self._supervisor.ffn_endpoints()
             empty = [member for member in self._supervisor.members(role) if member.name not in loaded]
-            answers = load_all(empty, deadline, *arguments, meanwhile=self._supervisor.all_members())
+            everyone = self._supervisor.all_members()
+            answers = load_all(empty, deadline, self._config, *arguments, everyone=everyone)
             loaded |= {member.name: answer for member, answer in zip(empty, answers, strict=True)}
             for member in self._supervisor.members(role):
                 endpoint, info, _ = loaded[member.name]

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from afd_server.cluster.placement import Deadline
 from afd_server.cluster.supervisor import Supervisor
-from afd_server.cluster.watch import Member, Role, first_line
+from afd_server.cluster.watch import Member, Role, first_line, load
 from afd_server.config import ServeConfig
 from afd_server.errors import CannotScaleError, ChangeUnderWayError, ServingError
 from afd_server.router.router import Router
@@ -176,7 +176,7 @@ class Rescaler:
             raise CannotScaleError(f"nothing has changed: {reason}") from None
 
     async def _load_ffn(self, member: Member) -> None:
-        endpoint, info, _ = await member.actor.load.remote()
+        endpoint, info, _ = await load(member, self._config)
         member.serves_at(endpoint, info)
         self._admit(member)
 

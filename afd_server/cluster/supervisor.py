@@ -17,9 +17,19 @@ from typing import Protocol
 
 from ray.exceptions import RayError
 
-from afd_server.cluster.watch import Kind, Member, Role, first_line, is_final, next_pulse, trouble
+from afd_server.cluster.watch import (
+    PROCESS_TIMEOUT_S,
+    Kind,
+    Member,
+    Role,
+    first_line,
+    is_final,
+    load,
+    next_pulse,
+    trouble,
+)
 from afd_server.config import ServeConfig
-from afd_server.errors import WorkerError, WorkerTimeoutError
+from afd_server.errors import WorkerError, WorkerFrozenError
 from afd_server.router.router import Router
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.base import Endpoint
@@ -130,7 +140,7 @@ class Supervisor:
         version, endpoints, given_up = self.ffn_endpoints()
         self._loading.add(member)  # it may wait for FFN workers that restart meanwhile
         try:
-            endpoint, info, _ = await member.actor.load.remote(version, endpoints, given_up)
+            endpoint, info, _ = await load(member, self._config, version, endpoints, given_up)
         finally:
             self._loading.discard(member)
         member.serves_at(endpoint, info)
@@ -177,7 +187,9 @@ class Supervisor:
             member.life = None
             planned = member.phase == "restarting"
             self._goes_down(member, "is being restarted" if planned else reason)
-            if kind != "died":
+            if kind == "died":
+                member.pulse = None
+            else:
                 self._end(member, restart=True)
             if planned:
                 kind = "planned"
@@ -207,14 +219,13 @@ class Supervisor:
             try:
                 await self._find_process(member)
                 await self._hopeful_ffn(member)
+                restore = self._restore_ffn if member.role == "ffn" else self._restore_attention
                 async with asyncio.timeout(self._config.start_timeout):
-                    await (
-                        self._restore_ffn(member) if member.role == "ffn" else self._restore_attention(member)
-                    )
+                    await restore(member)
                 return True
-            except TimeoutError:
-                kind = "hung"
-                _note(member, f"has not loaded within {self._config.start_timeout:g} s (see --start-timeout)")
+            except (TimeoutError, WorkerFrozenError) as error:
+                kind, reason = _lateness(error, self._config.start_timeout)
+                _note(member, reason)
                 self._end(member, restart=True)
             except (RayError, WorkerError) as error:
                 kind = "failed"
@@ -225,8 +236,8 @@ class Supervisor:
         return False
 
     async def _find_process(self, member: Member) -> None:
-        """Returns when the member has a process, and not one that is being killed. Raises WorkerTimeoutError if there is
-        none within --start-timeout, and RayError if there will be none.
+        """Returns when the member has a process, and not one that is being killed. Raises WorkerFrozenError if there is
+        none in time, and RayError if there will be none.
 
         Ray may look for a place for as long as it takes, which is said with what is missing, and costs no restart.
         """
@@ -236,8 +247,8 @@ class Supervisor:
                 self._say_unplaced(member, await asyncio.to_thread(self._processes.why_unplaced, member))
             if member.unplaced:
                 since = now - EXPLAIN_AFTER_S
-            elif now - since >= self._config.start_timeout:
-                raise WorkerTimeoutError(member.name, f"no process within {self._config.start_timeout:g} s")
+            elif now - since >= PROCESS_TIMEOUT_S:
+                raise WorkerFrozenError(member.name, f"no process within {PROCESS_TIMEOUT_S:g} s")
             await asyncio.sleep(NEW_PROCESS_POLL_S)
         self._say_unplaced(member, "")
 
@@ -250,9 +261,7 @@ class Supervisor:
             return False
         if pulse is None or pulse.process == member.ended:
             return False
-        if member.life is None or member.pulse is None or pulse.process != member.pulse.process:
-            member.life = member.actor.sentinel.remote()  # before anything else that is asked of it
-        member.pulse = pulse
+        member.answers(pulse)
         return True
 
     async def _hopeful_ffn(self, member: Member) -> None:
@@ -285,6 +294,7 @@ class Supervisor:
         if member.pulse is not None:
             member.ended = member.pulse.process
         self._processes.end(member, restart=restart)
+        member.pulse = None
 
     def _goes_down(self, member: Member, reason: str) -> None:
         assert self._metrics is not None
@@ -312,7 +322,7 @@ class Supervisor:
                 logger.warning("%s has been placed", member.name)
 
     async def _restore_ffn(self, member: Member) -> None:
-        endpoint, info, _ = await member.actor.load.remote()
+        endpoint, info, _ = await load(member, self._config)
         member.serves_at(endpoint, info)
         await self.tell_ffn()
         self._comes_back(member)
@@ -349,6 +359,13 @@ class Supervisor:
         except (RayError, TimeoutError) as error:
             if member.down_since is None:
                 logger.warning("%s has not confirmed the new FFN workers: %s", member.name, first_line(error))
+
+
+def _lateness(error: TimeoutError | WorkerFrozenError, start_timeout_s: float) -> tuple[Kind, str]:
+    """Of a process that does not become a worker in time."""
+    if isinstance(error, WorkerFrozenError):
+        return "frozen", error.problem
+    return "hung", f"has not loaded within {start_timeout_s:g} s (see --start-timeout)"
 
 
 def _note(member: Member, reason: str) -> None:

@@ -5,16 +5,18 @@ What lives here: the signs of trouble. What does not: what is done about it (sup
 Death shows by itself: the call `life` ends with the process. A process that is stopped, or whose thread hangs, does not;
 it is asked every second. It has to answer within --heartbeat-timeout, and its own thread has to get on with its work. One
 batch of an FFN worker may take half of --ffn-timeout, past which nobody could make use of its answer; an attention worker
-may wait for one answer for --ffn-timeout and is given as much again.
+may wait for one answer for --ffn-timeout and is given as much again. A worker that loads is asked, too; it is given
+a little longer, because Python answers nothing while it maps a large library.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ray.exceptions import RayError, RayTaskError
 
@@ -22,8 +24,12 @@ from afd_server.cluster.actors import Pulse
 from afd_server.cluster.restarts import Restarts
 from afd_server.cluster.workers import WorkerInfo
 from afd_server.config import ServeConfig
+from afd_server.errors import WorkerFrozenError
 from afd_server.transport.base import Endpoint
 from afd_server.types import WorkerState
+
+if TYPE_CHECKING:
+    from afd_server.cluster.hosting import Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +40,10 @@ LOOK_EVERY_S = 0.25
 # Shares of --ffn-timeout that a worker's thread may be at one piece of work.
 FFN_STALL_SHARE = 0.5
 ATTENTION_STALL_SHARE = 2.0
+# For a new process to answer for the first time. It imports little; torch comes with the load.
+PROCESS_TIMEOUT_S = 30.0
+# The least time for an answer while a worker loads.
+LOADING_HEARTBEAT_TIMEOUT_S = 10.0
 
 Role = Literal["attention", "ffn"]
 Phase = Literal["loading", "serving", "draining", "restarting"]
@@ -84,6 +94,12 @@ class Member:
         self.endpoint, self.info = endpoint, info
         self.enter("serving")
 
+    def answers(self, pulse: Pulse) -> None:
+        """A process of it is there, maybe another one than before, which is watched from now on."""
+        if self.life is None or self.pulse is None or pulse.process != self.pulse.process:
+            self.life = self.actor.sentinel.remote()  # before anything else that is asked of it
+        self.pulse = pulse
+
     def enter(self, phase: Phase) -> None:
         self.phase, self.phase_since = phase, time.monotonic()
 
@@ -119,6 +135,46 @@ async def trouble(member: Member, config: ServeConfig) -> Trouble:
         for sign in signs:
             sign.cancel()
         await asyncio.gather(*signs, return_exceptions=True)
+
+
+def loading_heartbeat_timeout_s(config: ServeConfig) -> float:
+    """How long a worker that loads may take to answer a heartbeat."""
+    return max(config.heartbeat_timeout, LOADING_HEARTBEAT_TIMEOUT_S)
+
+
+async def load(member: Member, config: ServeConfig, *arguments: Any) -> Loaded:
+    """The member's answer to `load`. Raises RayError, and WorkerFrozenError when its process stands still before or meanwhile."""
+    if await next_pulse(member, PROCESS_TIMEOUT_S) is None:
+        raise WorkerFrozenError(member.name, f"no process within {PROCESS_TIMEOUT_S:g} s")
+    loading = asyncio.create_task(_load(member, *arguments))
+    watching = asyncio.create_task(_silence(member, loading_heartbeat_timeout_s(config)))
+    try:
+        await asyncio.wait((loading, watching), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            return loading.result()
+        raise WorkerFrozenError(member.name, f"{watching.result()} while it loaded")
+    finally:
+        loading.cancel()
+        watching.cancel()
+        await asyncio.gather(loading, watching, return_exceptions=True)
+
+
+async def _silence(member: Member, timeout_s: float) -> str:
+    """Returns when a heartbeat has not been answered in time. A death is for others to notice."""
+    while True:
+        with contextlib.suppress(RayError):
+            if await next_pulse(member, timeout_s) is None:
+                return _no_answer(timeout_s)
+        await asyncio.sleep(HEARTBEAT_EVERY_S)
+
+
+def _no_answer(timeout_s: float) -> str:
+    return f"has not answered for {timeout_s:g} s"
+
+
+async def _load(member: Member, *arguments: Any) -> Loaded:
+    loaded: Loaded = await member.actor.load.remote(*arguments)
+    return loaded
 
 
 async def next_pulse(member: Member, waited_s: float) -> Pulse | None:
@@ -157,7 +213,7 @@ async def _missed_heartbeat(member: Member, config: ServeConfig) -> Trouble:
             logger.info("a heartbeat of %s failed: %s", member.name, first_line(error))
         else:
             if pulse is None:
-                return Trouble("frozen", f"has not answered for {config.heartbeat_timeout:g} s")
+                return Trouble("frozen", _no_answer(config.heartbeat_timeout))
             member.pulse = pulse
             if pulse.stalled_s >= stalled_s:
                 return Trouble("hung", f"its thread has been at one piece of work for {pulse.stalled_s:.1f} s")

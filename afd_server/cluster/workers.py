@@ -28,6 +28,7 @@ from afd_server.cluster.layout import (
     torch_dtype,
     usable_cores,
 )
+from afd_server.cluster.names import attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.engine.engine import Engine
 from afd_server.engine.loop import EngineLoop
@@ -67,18 +68,6 @@ class Started:
     ffn: tuple[WorkerInfo, ...]
     transports: tuple[str, ...]
     attached: int = 0
-
-
-def attention_name(index: int) -> str:
-    return f"attention-{index}"
-
-
-def ffn_name(index: int) -> str:
-    return f"ffn-{index}"
-
-
-def worker_name(role: str, index: int) -> str:
-    return ffn_name(index) if role == "ffn" else attention_name(index)
 
 
 class FFNServer:

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from afd_server.config import MAX_MICRO_BATCHES
 from afd_server.errors import ConfigError
-from afd_server.models.ffn_call import FFNCall
+
+if TYPE_CHECKING:  # an Endpoint travels to processes that have not imported torch yet
+    from torch import Tensor
+
+    from afd_server.models.ffn_call import FFNCall
 
 NUM_SLOTS = MAX_MICRO_BATCHES
 

@@ -49,6 +49,17 @@ def server(tmp_path_factory, flag):
             return whole(self, call, out)
 
         FFNHalf.forward = forward
+
+        from afd_server.cluster import hosting
+
+        def load(*arguments, whole=hosting.AttentionReplica, **named):
+            flag = pathlib.Path({str(flag.with_name("stand-still"))!r})
+            if flag.exists():
+                flag.unlink()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return whole(*arguments, **named)
+
+        hosting.AttentionReplica = load
     """
     with pytest.MonkeyPatch.context() as monkeypatch:
         break_workers(monkeypatch, tmp_path_factory.mktemp("site"), broken)
@@ -112,6 +123,23 @@ def test_a_worker_that_stands_still_is_replaced_and_the_text_is_the_same(server,
     assert pid not in server.pids(role)
     assert server.metric("afd:worker_up", worker=worker) == 1
     assert server.metric("afd:worker_recovery_seconds_count", role=role.lower()) == 1
+
+
+def test_a_worker_that_stands_still_while_it_loads_is_replaced_too(server, flag):
+    undisturbed, _ = stream(server)
+    frozen = server.metric("afd:worker_restarts_total", worker="attention-0", reason="frozen")
+    (pid,) = server.pids("Attention")
+
+    def kill_once(number):
+        if number == 20:
+            flag.with_name("stand-still").touch()
+            os.kill(pid, signal.SIGKILL)
+
+    assert stream(server, kill_once) == (undisturbed, None)
+    assert not flag.with_name("stand-still").exists()
+    assert "while it loaded" in server.log()
+    assert server.metric("afd:worker_restarts_total", worker="attention-0", reason="frozen") == frozen + 1
+    wait_until(lambda: health(server).status_code == 200)
 
 
 def test_an_exception_in_the_expert_code_restarts_the_worker_and_the_text_is_the_same(server, flag):

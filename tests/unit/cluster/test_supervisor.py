@@ -407,6 +407,24 @@ async def test_a_load_that_hangs_is_ended_and_tried_again():
         await until(lambda: cluster.supervisor.health() == [])
 
 
+@pytest.mark.parametrize("role", ["ffn", "attention"])
+async def test_a_process_that_stands_still_while_it_loads_is_ended_and_loaded_again(role, monkeypatch):
+    monkeypatch.setattr("afd_server.cluster.watch.LOADING_HEARTBEAT_TIMEOUT_S", 0.05)
+    async with supervised(heartbeat_timeout=0.02) as cluster:
+        member = getattr(cluster, role)[0]
+        load = member.actor._load
+
+        async def stand_still(*arguments):
+            member.actor.stopped, member.actor._load = True, load
+            await asyncio.Event().wait()
+
+        member.actor._load = stand_still
+        member.actor.die()
+        await until(lambda: member.actor.ends == [True])
+        await until(lambda: len(member.actor.loads) == 1 and cluster.supervisor.health() == [])
+        assert cluster.metric("afd:worker_restarts_total", worker=member.name, reason="frozen") == 1
+
+
 @pytest.mark.parametrize("absence", [ActorUnavailableError("restarting", None), ActorDiedError()], ids=type)
 async def test_a_worker_without_a_place_is_said_with_what_is_missing_and_costs_no_restart(absence):
     async with supervised(max_restarts=1) as cluster:
@@ -437,12 +455,14 @@ async def test_an_attention_worker_that_could_not_connect_for_want_of_ffn_worker
         assert cluster.given_up == {}
 
 
-async def test_a_process_that_never_comes_costs_restarts_although_it_has_a_place():
-    async with supervised(max_restarts=2, start_timeout=0.05) as cluster:
+async def test_a_process_that_never_comes_is_ended_and_costs_restarts_although_it_has_a_place(monkeypatch):
+    monkeypatch.setattr("afd_server.cluster.supervisor.PROCESS_TIMEOUT_S", 0.05)
+    async with supervised(max_restarts=2) as cluster:
         cluster.ffn[0].actor.absent = ActorDiedError()
         cluster.ffn[0].actor.die()
         await until(lambda: cluster.ffn[0].given_up)
         assert "no process within 0.05 s" in cluster.supervisor.refusal()
+        assert cluster.ffn[0].actor.ends == [True, True, False]
 
 
 async def test_a_constructor_that_raises_is_said_with_its_cause():
