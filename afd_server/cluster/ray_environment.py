@@ -28,7 +28,12 @@ SETTINGS = {
 
 # A cluster of this host alone listens on 127.0.0.1 alone and demands a token. The first name is Ray's switch for hosts
 # whose addresses are not to be used, whatever their system; without it every process of Ray listens on all of them.
-OWN_CLUSTER_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+OWN_CLUSTER_SETTINGS = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    # Ray would start idle processes before it calls itself started, and wait for a minute for those that do not come up.
+    "RAY_prestart_worker_first_driver": "0",
+}
 
 
 def prepare_environment(*, own_cluster: bool) -> None:

@@ -41,7 +41,7 @@ LOOK_EVERY_S = 0.25
 FFN_STALL_SHARE = 0.5
 ATTENTION_STALL_SHARE = 2.0
 # For a new process to answer for the first time. It imports little; torch comes with the load.
-PROCESS_TIMEOUT_S = 30.0
+PROCESS_TIMEOUT_S = 20.0
 # The least time for an answer while a worker loads.
 LOADING_HEARTBEAT_TIMEOUT_S = 10.0
 

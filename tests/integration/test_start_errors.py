@@ -119,12 +119,20 @@ LOAD = """
 
     afd_server.cluster.workers.load_ffn_half = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 """
+IMPORT = """
+    class NoTorch:
+        def find_spec(self, name, path=None, target=None):
+            if name == "torch":
+                raise OSError("libgomp.so.1: cannot open shared object file")
+
+    sys.meta_path.insert(0, NoTorch())
+"""
 
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(CONSTRUCTOR, ["attention-0: OSError: no space for the worker"]), (LOAD, ["ffn-0: its process ended while it loaded"])],
-    ids=["raises in its constructor", "dies while it loads"],
+    [(IMPORT, ["ffn-0: OSError: libgomp.so.1"]), (CONSTRUCTOR, ["attention-0: OSError: no space for the worker"]), (LOAD, ["ffn-0: its process ended while it loaded"])],
+    ids=["lacks a library", "raises in its constructor", "dies while it loads"],
 )  # fmt: skip
 def test_a_worker_that_cannot_start_ends_it_with_the_first_cause(model, tmp_path, monkeypatch, code, words):
     break_workers(monkeypatch, tmp_path / "site", code)
