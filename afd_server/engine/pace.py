@@ -30,6 +30,8 @@ SHORTEST, LONGEST = 0.5, 2.0
 LEAST_TOKENS = 16
 # The share of a request that ends in the mean length of outputs.
 SMOOTHING = 0.05
+# The price of a prompt's token is taken from no fewer of them together: over a few, a noisy model may be flat.
+LEAST_CHUNK = 64
 # Steps between two forecasts.
 FORECAST_STEPS = 4
 
@@ -163,13 +165,14 @@ class Pace:
         half = max(1, most // 2)
         beside = StepWork(half, half * context, 0, half)
         beside_s = self._model.predict_s(beside)
-        chunk = 1 + largest(
-            lambda tokens: self._model.predict_s(beside + StepWork.part(0, tokens + 1, False)) <= self._room_s,
-            max(1, int(context)),
+        fitting = largest(
+            lambda tokens: self._model.predict_s(beside + StepWork.part(0, tokens, False)) <= self._room_s,
+            int(context),
         )
+        chunk = max(fitting, LEAST_CHUNK)
         chunk_s = self._model.predict_s(beside + StepWork.part(0, chunk, False)) - beside_s
         return StepForecast(
-            limit_s=max(self._room_s, one_s),
+            limit_s=max(self._target_s, one_s),
             base_s=base_s,
             request_s=request_s,
             prompt_token_s=chunk_s / chunk,

@@ -37,8 +37,10 @@ from afd_server.types import GenerationRequest, StepForecast
 READ_AHEAD_STEPS = 2
 # Of the promise of the first token: for the way from and to the client.
 MARGIN = 0.05
-# So much of what is known of earlier waits is left after each further one, and the correction that follows is bounded.
+# So much of what is known of earlier waits is left after each further one; and the correction that follows is bounded, and
+# starts from this many seconds that were as expected: short waits say little of long ones.
 MEMORY = 0.95
+AS_EXPECTED_S = 2.0
 CORRECTIONS = (0.5, 4.0)
 # So many of those that start need no longer to their first token than is assumed, and how fast the assumption follows.
 CERTAINTY = 0.98
@@ -132,7 +134,7 @@ class Admission:
         self._queued: dict[Stream, Queued] = {}
         # Of those that have started beside others and have no output yet: when, and how soon it was expected, uncorrected.
         self._reading: dict[Stream, tuple[float, float]] = {}
-        self._waited_s = self._expected_wait_s = 1.0  # sums over the last ones that waited
+        self._waited_s = self._expected_wait_s = AS_EXPECTED_S  # sums over the last requests
         self._slowness = 1.0  # nearly all need at most this multiple of what was expected, from their start to the first token
         self._output_tokens = OUTPUT_TOKENS
 
@@ -204,13 +206,14 @@ class Admission:
     def _correction(self) -> float:
         """Of a wait: what waits have really taken, as a multiple of what was expected."""
         least, most = CORRECTIONS
-        return min(max(self._waited_s / max(self._expected_wait_s, 1e-9), least), most)
+        return min(max(self._waited_s / self._expected_wait_s, least), most)
 
     def _note_wait(self, stream: Stream, now_s: float) -> None:
         """Its wait has ended."""
         queued = self._queued[stream]
-        self._waited_s = MEMORY * self._waited_s + now_s - queued.waiting.arrived_s
-        self._expected_wait_s = MEMORY * self._expected_wait_s + queued.expected_s
+        kept_s = (1 - MEMORY) * AS_EXPECTED_S
+        self._waited_s = MEMORY * self._waited_s + kept_s + now_s - queued.waiting.arrived_s
+        self._expected_wait_s = MEMORY * self._expected_wait_s + kept_s + queued.expected_s
 
     def _forget(self, stream: Stream) -> None:
         self._queued.pop(stream).timer.cancel()

@@ -186,18 +186,23 @@ async def num_accepted(admission, *, output=100):
 async def test_waits_that_took_longer_than_expected_are_expected_to_take_longer():
     async def accepted(slower):
         clock = Clock()
-        admission, _ = an_admission(ttft_sla_s=3.0, clock=clock)
-        for number in range(100):
+        admission, _ = an_admission(ttft_sla_s=60.0, max_queue_len=1000, clock=clock)
+        for number in range(3):
             fleet = Fleet(FULL)
-            for name in "ab":
-                admission.enter(a_stream(f"{name}{number}"), fleet)
-            clock.now += slower * 0.2625 / 2  # the second's, of the two
-            assert len(drain(admission, fleet)) == 2
+            names = [f"{number} {place}" for place in range(100)]
+            for name in names:
+                admission.enter(a_stream(name), fleet)
+            for _ in names:
+                fleet.current = [replace(FULL, num_requests=39)]
+                admission.advance(fleet)
+                clock.now += slower * 0.2625
+            assert fleet.placed == names
         return await num_accepted(admission)
 
-    assert await accepted(1.0) == 10
-    assert await accepted(2.0) == 5
-    assert await accepted(0.7) == 14
+    usual = await accepted(1.0)
+    assert usual == pytest.approx((0.95 * 60 - 0.3625) / 0.2625, abs=2)
+    assert await accepted(1.5) == pytest.approx(usual / 1.5, rel=0.05)
+    assert await accepted(0.7) == pytest.approx(usual / 0.7, rel=0.05)
 
 
 async def test_a_request_must_start_while_nearly_all_would_still_have_their_first_token_in_time():

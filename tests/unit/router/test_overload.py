@@ -27,6 +27,8 @@ from tests.unit.router.virtual_time import run_virtual
 
 TPOT_SLA_S, TTFT_SLA_S = 0.1, 2.0
 SECONDS, SETTLED_S = 50.0, 12.0
+# Between a client and the router, either way: connection, parsing, event loops that have other things to do.
+WAY_S = (0.005, 0.03)
 CONFIG = small_config(max_model_len=512, block_size=16, max_num_seqs=256, max_num_batched_tokens=1024)
 
 
@@ -116,7 +118,7 @@ class Outcome:
 
 async def _serve(rate, promises, noise, replicas):
     """Poisson arrivals of this many requests a second; their outcomes."""
-    loop, generator, outcomes = asyncio.get_running_loop(), random.Random(7), []
+    loop, generator, ways, outcomes = asyncio.get_running_loop(), random.Random(7), random.Random(8), []
     clients = [SimulatedReplica(f"attention-{index}", promises, noise) for index in range(replicas)]
     admission = Admission(TPOT_SLA_S, TTFT_SLA_S, 256, Metrics("m"), clock=loop.time) if promises else None
 
@@ -127,6 +129,7 @@ async def _serve(rate, promises, noise, replicas):
         tenant = "busy" if number % 4 else "quiet"
         outcome = Outcome(tenant, loop.time())
         outcomes.append(outcome)
+        await asyncio.sleep(ways.uniform(*WAY_S))
         sampling = SamplingParams(generator.randint(20, 120), ignore_eos=True)
         times = []
         try:
@@ -137,7 +140,8 @@ async def _serve(rate, promises, noise, replicas):
         except OverloadedError:
             outcome.refused = True
             return
-        outcome.ended_s, outcome.ttft_s = loop.time(), times[0] - outcome.came_s
+        outcome.ended_s = loop.time()
+        outcome.ttft_s = times[0] + ways.uniform(*WAY_S) - outcome.came_s
         outcome.tpot_s = (times[-1] - times[0]) / (len(times) - 1)
 
     async with Router(clients, admission=admission) as router, asyncio.TaskGroup() as tasks:
@@ -184,11 +188,11 @@ def test_goodput_at_twice_the_load_stays_near_the_peak(loads, request):
 def test_who_is_admitted_keeps_the_pace_and_gets_the_first_token_in_time(loads):
     served = [outcome for outcomes in loads.values() for outcome in outcomes if not outcome.refused]
     assert share(outcome.tpot_s <= TPOT_SLA_S for outcome in served) >= 0.99
-    assert share(outcome.ttft_s <= TTFT_SLA_S for outcome in served) >= 0.9
+    assert share(outcome.ttft_s <= TTFT_SLA_S for outcome in served) >= 0.99
 
 
 def test_where_there_is_room_nobody_is_refused_and_beyond_it_no_more_than_must(loads):
-    assert share(outcome.refused for outcome in loads[0.5]) == 0
+    assert share(outcome.refused for outcome in loads[0.5]) <= 0.02
     assert share(outcome.refused for outcome in loads[2]) < 0.6
 
 
