@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/overload.py /tmp/tiny --seconds 12 --rounds 3 --write
 
 Two servers of this project run side by side, one with --tpot-sla-ms and --ttft-sla-ms, one without ("admission off"); load is
-put on one at a time. First the capacity: as many good requests a second as the first one gives clients that always ask
-again, the best of three, since what else runs on the machine only takes away. Then, for each share of it, requests come at
+put on one at a time. First the capacity: as many good requests a second as the first one gives more clients than it has room
+for, which always ask again; the better of two, since what else runs on the machine only takes away. Then, for each share of it, requests come at
 random times (Poisson) for some seconds, on the one server, then the same requests at the same times on the other. All of it
 is done in several rounds, so that whatever else changes in the meantime falls on all shares alike; a row of the table is a
 share's rounds taken together. Prompts and outputs are of mixed lengths.
@@ -334,7 +334,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--seconds", type=float, default=20.0, help="for which requests come, of each turn")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clients", type=int, default=48, help="while the capacity is measured")
+    parser.add_argument("--clients", type=int, default=96, help="while the capacity is measured")
     parser.add_argument("--flags", default="", help="for both servers")
     parser.add_argument("--on-only", action="store_true", help="leave out the server without a promise")
     parser.add_argument("--write", action="store_true", help="write the table into OVERLOAD.md")
@@ -357,10 +357,8 @@ def main() -> int:
         for url in urls.values():
             asyncio.run(warm_up(url, None, replace(Load(), output_tokens=16)))
         single_ms = single_tpot_ms(urls["on"])
-        rates = [
-            asyncio.run(capacity(urls["on"], arguments.clients, arguments.seconds / 2, promise))
-            for _ in range(3)
-        ]
+        measured = (capacity(urls["on"], arguments.clients, arguments.seconds, promise) for _ in range(2))
+        rates = [round(asyncio.run(rate), 2) for rate in measured]
         rate = max(rates)
         print(
             f"one client: TPOT {single_ms:.1f} ms; capacity {rates} requests/s\n{'  '.join(HEADS)}",
