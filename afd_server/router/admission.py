@@ -37,6 +37,8 @@ from afd_server.types import GenerationRequest, StepForecast
 READ_AHEAD_STEPS = 2
 # Of the promise of the first token: for the way from and to the client.
 MARGIN = 0.05
+# Of the wait that is possible: who is predicted to need all of it would often wait in vain.
+EARLY = 0.9
 # So much of what is known of earlier waits is left after each further one; and the correction that follows is bounded, and
 # starts from this many seconds that were as expected: short waits say little of long ones.
 MEMORY = 0.95
@@ -146,7 +148,7 @@ class Admission:
         longest_wait_s = QUEUE_TIMEOUT_S
         if self._ttft_sla_s is not None:
             longest_wait_s = (1 - MARGIN) * self._ttft_sla_s - prediction.reading_s
-        if prediction.wait_s > longest_wait_s and all(load.num_requests for load in loads):
+        if prediction.wait_s > EARLY * longest_wait_s and all(load.num_requests for load in loads):
             self._queue.drop(waiting)
             raise self._refusal("ttft_predicted", prediction)
         timer = asyncio.get_running_loop().call_later(longest_wait_s, self._expire, stream, fleet)

@@ -200,7 +200,7 @@ async def test_waits_that_took_longer_than_expected_are_expected_to_take_longer(
         return await num_accepted(admission)
 
     usual = await accepted(1.0)
-    assert usual == pytest.approx((0.95 * 60 - 0.3625) / 0.2625, abs=2)
+    assert usual == pytest.approx(0.9 * (0.95 * 60 - 0.3625) / 0.2625, abs=2)
     assert await accepted(1.5) == pytest.approx(usual / 1.5, rel=0.05)
     assert await accepted(0.7) == pytest.approx(usual / 0.7, rel=0.05)
 
