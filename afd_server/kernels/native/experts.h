@@ -16,9 +16,9 @@ struct ExpertBlock {
     int first_pair, count;
 };
 
-// An expert that some row chose, and its blocks.
-struct ActiveExpert {
-    long id;  // among those held
+// A group of blocks of one expert; see groups_for.
+struct ExpertGroup {
+    long expert;  // among those held
     int first_block, last_block;
 };
 
@@ -26,12 +26,12 @@ struct Dispatch {
     std::vector<int> rows;        // of the pairs, sorted by expert, in the order of rows within one
     std::vector<float> weights;   // of the pairs
     std::vector<ExpertBlock> blocks;
-    std::vector<ActiveExpert> active;
+    std::vector<ExpertGroup> groups;  // of the experts that some row chose
 
     // ids, weights: [num_rows, top_k]; ids outside [first_expert, first_expert + num_experts) are other shards'.
-    // max_rows: of a block.
+    // max_rows: of a block; block_bytes: of its rows.
     void build(const int32_t* ids, const float* weights_in, long num_rows, int top_k, int first_expert, int num_experts,
-               int max_rows) {
+               int max_rows, size_t block_bytes) {
         const long num_ids = num_rows * top_k;
         starts_.assign(num_experts + 1, 0);
         for (long i = 0; i < num_ids; i++)
@@ -40,13 +40,17 @@ struct Dispatch {
         rows.resize(starts_[num_experts]);
         weights.resize(starts_[num_experts]);
         blocks.clear();
-        active.clear();
+        groups.clear();
         for (int expert = 0; expert < num_experts; expert++) {
             if (starts_[expert] == starts_[expert + 1]) continue;
             const int first_block = int(blocks.size());
             for (int pair = starts_[expert]; pair < starts_[expert + 1]; pair += max_rows)
                 blocks.push_back({pair, std::min(max_rows, starts_[expert + 1] - pair)});
-            active.push_back({expert, first_block, int(blocks.size())});
+            const long count = long(blocks.size()) - first_block, parts = groups_for(count, block_bytes);
+            for (long part = 0; part < parts; part++) {
+                const Part mine(count, part, parts);
+                groups.push_back({expert, first_block + int(mine.first), first_block + int(mine.last)});
+            }
         }
         for (long i = 0; i < num_ids; i++)
             if (unsigned(ids[i] - first_expert) < unsigned(num_experts)) {
@@ -60,6 +64,13 @@ private:
     std::vector<int> starts_;
 };
 
+// to += weight * from.
+inline void add_scaled(const float* from, float weight, float* to, long count) {
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load(to + i) + broadcast(weight) * load(from + i));
+    for (; i < count; i++) to[i] += weight * from[i];
+}
+
 // x: [num_rows, hidden]. gate_up: per expert the packed, interleaved [2 width, hidden]; down: per expert the packed
 // [hidden, width]. y: [num_rows, hidden], overwritten.
 template <class Format>
@@ -68,16 +79,16 @@ void experts(const float* x, long num_rows, long hidden, long width, const char*
     constexpr int MAX_ROWS = Format::MAX_ROWS;
     static thread_local Dispatch dispatch_of_thread;
     static thread_local Scratch x_scratch, inner_scratch, packed_scratch;
+    const size_t x_stride = Format::block_bytes(MAX_ROWS, hidden), inner_stride = Format::block_bytes(MAX_ROWS, width);
     Dispatch& dispatch = dispatch_of_thread;
-    dispatch.build(ids, weights, num_rows, top_k, first_expert, num_experts, MAX_ROWS);
+    dispatch.build(ids, weights, num_rows, top_k, first_expert, num_experts, MAX_ROWS, x_stride);
     const std::vector<ExpertBlock>& blocks = dispatch.blocks;
     const long num_blocks = long(blocks.size()), num_pairs = long(dispatch.rows.size());
-    const long num_active = long(dispatch.active.size());
+    const long num_groups = long(dispatch.groups.size());
 
     const long inner_panels = panels_of(2 * width, true), y_panels = panels_of(hidden);
     const size_t gate_up_bytes = inner_panels * Format::panel_bytes(hidden);
     const size_t down_bytes = y_panels * Format::panel_bytes(width);
-    const size_t x_stride = Format::block_bytes(MAX_ROWS, hidden), inner_stride = Format::block_bytes(MAX_ROWS, width);
     char* packed_x = x_scratch.get<char>(num_blocks * x_stride);
     float* inner = inner_scratch.get<float>(num_pairs * width);
     char* packed_inner = packed_scratch.get<char>(num_blocks * inner_stride);
@@ -93,52 +104,49 @@ void experts(const float* x, long num_rows, long hidden, long width, const char*
         });
     };
 
-    // Parts are (active expert, panel) pairs.
+    // Parts are (group, panel) pairs.
     pack_blocks(x, dispatch.rows.data(), hidden, x_stride, packed_x);
-    const long parts = num_active * inner_panels;
-    const double blocks_of_a_panel = num_active ? double(num_blocks) / num_active : 0;
-    const long chunks = chunks_for(parts, double(num_active) * gate_up_bytes, blocks_of_a_panel, max_threads);
+    const long parts = num_groups * inner_panels;
+    const long chunks = chunks_for(parts, double(num_groups) * gate_up_bytes, max_threads);
     share(chunks, max_threads, [&](long chunk) {
         const Part mine(parts, chunk, chunks);
         Tile tile;
-        for (long index = mine.first / inner_panels; index * inner_panels < mine.last; index++) {
-            const ActiveExpert& expert = dispatch.active[index];
-            const long first = std::max(0L, mine.first - index * inner_panels);
-            const long last = std::min(inner_panels, mine.last - index * inner_panels);
-            for_panels_and_blocks(first, last, expert.first_block, expert.last_block, x_stride, [&](long panel, long block) {
-                const int count = blocks[block].count, lanes = int(std::min<long>(LANES, width - panel * LANES));
-                tile_function<Format>(count)(gate_up + expert.id * gate_up_bytes + panel * Format::panel_bytes(hidden),
+        for (long part = mine.first; part < mine.last; part++) {
+            const ExpertGroup& group = dispatch.groups[part / inner_panels];
+            const long panel = part % inner_panels;
+            const int lanes = int(std::min<long>(LANES, width - panel * LANES));
+            for (int block = group.first_block; block < group.last_block; block++) {
+                const int count = blocks[block].count;
+                tile_function<Format>(count)(gate_up + group.expert * gate_up_bytes + panel * Format::panel_bytes(hidden),
                                              packed_x + block * x_stride, hidden, tile);
                 for (int i = 0; i < count; i++) {
                     store(tile[i], silu(load(tile[i])) * load(tile[i] + LANES));
                     std::memcpy(inner + (blocks[block].first_pair + i) * width + panel * LANES, tile[i],
-                                lanes * sizeof(float));
+                                lanes == LANES ? LANES * sizeof(float) : lanes * sizeof(float));
                 }
-            });
+            }
         }
     });
 
     pack_blocks(inner, nullptr, width, inner_stride, packed_inner);
-    const long column_chunks = chunks_for(y_panels, double(num_active) * down_bytes, num_blocks, max_threads);
+    const long column_chunks = chunks_for(y_panels, double(num_groups) * down_bytes, max_threads);
     share(column_chunks, max_threads, [&](long chunk) {
         const Part mine(y_panels, chunk, column_chunks);
         const long first_column = mine.first * PANEL, columns = std::min(hidden, mine.last * PANEL) - first_column;
         for (long row = 0; row < num_rows; row++) std::memset(y + row * hidden + first_column, 0, columns * sizeof(float));
         Tile tile;
-        for (const ActiveExpert& expert : dispatch.active)
-            for_panels_and_blocks(
-                mine.first, mine.last, expert.first_block, expert.last_block, inner_stride, [&](long panel, long block) {
-                    const int columns_of_panel = int(std::min<long>(PANEL, hidden - panel * PANEL));
+        for (const ExpertGroup& group : dispatch.groups)
+            for (long panel = mine.first; panel < mine.last; panel++)
+                for (int block = group.first_block; block < group.last_block; block++) {
                     tile_function<Format>(blocks[block].count)(
-                        down + expert.id * down_bytes + panel * Format::panel_bytes(width),
+                        down + group.expert * down_bytes + panel * Format::panel_bytes(width),
                         packed_inner + block * inner_stride, width, tile);
                     for (int i = 0; i < blocks[block].count; i++) {
                         const int pair = blocks[block].first_pair + i;
-                        const float weight = dispatch.weights[pair];
-                        float* out = y + dispatch.rows[pair] * hidden + panel * PANEL;
-                        for (int column = 0; column < columns_of_panel; column++) out[column] += weight * tile[i][column];
+                        add_scaled(tile[i], dispatch.weights[pair], y + dispatch.rows[pair] * hidden + panel * PANEL,
+                                   std::min<long>(PANEL, hidden - panel * PANEL));
                     }
-                });
+                }
     });
 }
 

@@ -22,6 +22,7 @@ namespace afd {
 
 constexpr int PANEL = 2 * LANES;
 constexpr double GROUP_BYTES = 640 * 1024;  // of rows of x: the second-level cache of a core is 1 to 2 MiB
+constexpr double CHUNK_BYTES = 192 * 1024;  // of weights
 
 inline long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
 
@@ -49,7 +50,17 @@ struct Floating {
             std::memcpy(out, rows_of_x[0], k * sizeof(float));
             return;
         }
-        for (long i = 0; i < k; i++)
+        long done = 0;
+        // A vector of a column reaches beyond its `rows` numbers, into what the next columns overwrite.
+        for (; (done + LANES) * rows + LANES <= k * rows; done += LANES) {
+            vec square[LANES];
+#pragma GCC unroll 16
+            for (int row = 0; row < LANES; row++) square[row] = load(rows_of_x[std::min(row, rows - 1)] + done);
+            transpose(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(out + (done + i) * rows, square[i]);
+        }
+        for (long i = done; i < k; i++)
             for (int row = 0; row < rows; row++) out[i * rows + row] = rows_of_x[row][i];
     }
 
@@ -57,7 +68,9 @@ struct Floating {
     static void tile(const char* panel, const char* block, long k, Tile& result) {
         const Element* w = reinterpret_cast<const Element*>(panel);
         const float* x = reinterpret_cast<const float*>(block);
-        vec sums[ROWS][2] = {};
+        vec sums[ROWS][2];
+#pragma GCC unroll 12
+        for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = vec{};
         for (long i = 0; i < k; i++) {
             const vec w0 = load(w), w1 = load(w + LANES);
             __builtin_prefetch(reinterpret_cast<const char*>(w) + PREFETCH_BYTES);
@@ -70,6 +83,7 @@ struct Floating {
             }
             x += ROWS;
         }
+#pragma GCC unroll 12
         for (int row = 0; row < ROWS; row++) {
             store(result[row], sums[row][0]);
             store(result[row] + LANES, sums[row][1]);
@@ -199,23 +213,17 @@ TileFunction tile_function(int rows) {
 // Panels of a packed matrix of n rows. interleaved: as `pack` says.
 inline long panels_of(long n, bool interleaved) { return interleaved ? (n / 2 + LANES - 1) / LANES : panels_of(n); }
 
-// tile(panel, block) for every panel with every block: with many blocks, a group of them that the second-level cache holds meets
-// all the panels before the next group does.
-template <class Body>
-void for_panels_and_blocks(long first_panel, long last_panel, long first_block, long last_block, size_t block_bytes,
-                           const Body& tile) {
-    const long group = std::max(1L, long(GROUP_BYTES / block_bytes));
-    for (long first = first_block; first < last_block; first += group)
-        for (long panel = first_panel; panel < last_panel; panel++)
-            for (long block = first; block < std::min(last_block, first + group); block++) tile(panel, block);
+// Into how many groups to cut `blocks` blocks of rows: the second-level cache holds one while it meets panel after panel.
+inline long groups_for(long blocks, size_t block_bytes) {
+    const long most = std::max(1L, long(GROUP_BYTES / block_bytes));
+    return (blocks + most - 1) / most;
 }
 
-// Into how many chunks to cut `panels` panels of `bytes` in all. With few blocks of rows a chunk is 192 KiB, about 8 us of
-// reading: a thread that is held up in it holds up little. With many it is as much as a group of blocks, which it is read for.
-inline long chunks_for(long panels, double bytes, double blocks_of_a_panel, int max_threads) {
+// Into how many chunks to cut `panels` panels of `bytes` in all: 192 KiB each, about 8 us of reading, and some 100 us of
+// computing with a full group of blocks. A thread that is held up in one holds up little.
+inline long chunks_for(long panels, double bytes, int max_threads) {
     if (max_threads <= 1) return std::min(panels, 1L);
-    const double chunk_bytes = std::min<double>(GROUP_BYTES, 192 * 1024 * std::max(1.0, blocks_of_a_panel / 4));
-    return std::min(panels, std::max<long>(2 * max_threads, long(bytes / chunk_bytes)));
+    return std::min(panels, std::max<long>(2 * max_threads, long(bytes / CHUNK_BYTES)));
 }
 
 // Packs W [n, k]. interleaved: W is the gate's rows, then the up's; a panel takes
@@ -250,21 +258,24 @@ void linear(const float* x, long x_stride, long m, long k, const char* w, const 
         for (int row = 0; row < count; row++) rows[row] = x + (block * MAX_ROWS + row) * x_stride;
         Format::pack_block(rows, count, k, packed_x + block * block_stride);
     });
-    const long chunks = chunks_for(panels, double(panels) * Format::panel_bytes(k), blocks, max_threads);
-    share(chunks, max_threads, [&](long chunk) {
-        const Part mine(panels, chunk, chunks);
+    // A chunk is some panels with one group of blocks.
+    const long groups = groups_for(blocks, block_stride);
+    const long chunks = chunks_for(panels, double(panels) * Format::panel_bytes(k), max_threads);
+    share(groups * chunks, max_threads, [&](long chunk) {
+        const Part group(blocks, chunk / chunks, groups), mine(panels, chunk % chunks, chunks);
         Tile tile;
-        for_panels_and_blocks(mine.first, mine.last, 0, blocks, block_stride, [&](long panel, long block) {
-            const int count = int(std::min<long>(MAX_ROWS, m - block * MAX_ROWS));
-            const int width = int(std::min<long>(PANEL, n - panel * PANEL));
-            tile_function<Format>(count)(w + panel * Format::panel_bytes(k), packed_x + block * block_stride, k, tile);
-            for (int row = 0; row < count; row++) {
-                float* out = y + (block * MAX_ROWS + row) * y_stride + panel * PANEL;
-                if (bias)
-                    for (int column = 0; column < width; column++) tile[row][column] += bias[panel * PANEL + column];
-                std::memcpy(out, tile[row], width * sizeof(float));
+        for (long panel = mine.first; panel < mine.last; panel++)
+            for (long block = group.first; block < group.last; block++) {
+                const int count = int(std::min<long>(MAX_ROWS, m - block * MAX_ROWS));
+                const int width = int(std::min<long>(PANEL, n - panel * PANEL));
+                tile_function<Format>(count)(w + panel * Format::panel_bytes(k), packed_x + block * block_stride, k, tile);
+                for (int row = 0; row < count; row++) {
+                    float* out = y + (block * MAX_ROWS + row) * y_stride + panel * PANEL;
+                    if (bias)
+                        for (int column = 0; column < width; column++) tile[row][column] += bias[panel * PANEL + column];
+                    std::memcpy(out, tile[row], width == PANEL ? sizeof(tile[row]) : width * sizeof(float));
+                }
             }
-        });
     });
 }
 

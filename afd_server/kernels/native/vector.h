@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace afd {
 
@@ -116,6 +117,26 @@ __attribute__((always_inline)) inline void sums_of_lanes(const vec (&sums)[4][4]
     for (int row = 0; row < 4; row++)
         for (int column = 0; column < 4; column++) to[row * stride + column] = sum_of_lanes(sums[row][column]);
 #endif
+}
+
+template <int... I>
+inline void interleave(vec a, vec b, vec& low, vec& high, std::integer_sequence<int, I...>) {
+    low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * LANES)...);
+    high = __builtin_shufflevector(a, b, (LANES / 2 + I / 2 + I % 2 * LANES)...);
+}
+
+// A square's rows become its columns: each pass interleaves its upper half with its lower one.
+__attribute__((always_inline)) inline void transpose(vec (&square)[LANES]) {
+#pragma GCC unroll 4
+    for (int pass = 1; pass < LANES; pass *= 2) {
+        vec next[LANES];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++)
+            interleave(square[i], square[i + LANES / 2], next[2 * i], next[2 * i + 1],
+                       std::make_integer_sequence<int, LANES>{});
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) square[i] = next[i];
+    }
 }
 
 // e**x within about 2 units in the last place. Below -87 it is 0, and so it is for minus infinity; above 88 it stays e**88.
