@@ -44,9 +44,12 @@ struct Dispatch {
         for (int expert = 0; expert < num_experts; expert++) {
             if (starts_[expert] == starts_[expert + 1]) continue;
             const int first_block = int(blocks.size());
-            for (int pair = starts_[expert]; pair < starts_[expert + 1]; pair += max_rows)
-                blocks.push_back({pair, std::min(max_rows, starts_[expert + 1] - pair)});
-            const long count = long(blocks.size()) - first_block, parts = groups_for(count, block_bytes);
+            const int pairs = starts_[expert + 1] - starts_[expert];
+            const long count = (pairs + max_rows - 1) / max_rows, parts = groups_for(count, block_bytes);
+            for (long block = 0; block < count; block++) {  // of nearly the same size: products of few rows are slow
+                const Part mine(pairs, block, count);
+                blocks.push_back({starts_[expert] + int(mine.first), int(mine.last - mine.first)});
+            }
             for (long part = 0; part < parts; part++) {
                 const Part mine(count, part, parts);
                 groups.push_back({expert, first_block + int(mine.first), first_block + int(mine.last)});
@@ -107,46 +110,57 @@ void experts(const float* x, long num_rows, long hidden, long width, const char*
     // Parts are (group, panel) pairs.
     pack_blocks(x, dispatch.rows.data(), hidden, x_stride, packed_x);
     const long parts = num_groups * inner_panels;
-    const long chunks = chunks_for(parts, double(num_groups) * gate_up_bytes, max_threads);
+    const double blocks_of_a_panel = num_groups ? double(num_blocks) / num_groups : 0;
+    const long chunks = chunks_for(parts, double(num_groups) * gate_up_bytes, blocks_of_a_panel, max_threads);
     share(chunks, max_threads, [&](long chunk) {
         const Part mine(parts, chunk, chunks);
         Tile tile;
         for (long part = mine.first; part < mine.last; part++) {
             const ExpertGroup& group = dispatch.groups[part / inner_panels];
-            const long panel = part % inner_panels;
+            const long panel = part % inner_panels, panel_bytes = Format::panel_bytes(hidden);
+            const char* weights = gate_up + group.expert * gate_up_bytes + panel * panel_bytes;
             const int lanes = int(std::min<long>(LANES, width - panel * LANES));
-            for (int block = group.first_block; block < group.last_block; block++) {
-                const int count = blocks[block].count;
-                tile_function<Format>(count)(gate_up + group.expert * gate_up_bytes + panel * Format::panel_bytes(hidden),
-                                             packed_x + block * x_stride, hidden, tile);
-                for (int i = 0; i < count; i++) {
-                    store(tile[i], silu(load(tile[i])) * load(tile[i] + LANES));
-                    std::memcpy(inner + (blocks[block].first_pair + i) * width + panel * LANES, tile[i],
-                                lanes == LANES ? LANES * sizeof(float) : lanes * sizeof(float));
-                }
-            }
+            for_blocks_of_panel<Format>(
+                weights, weights + panel_bytes, hidden, group.first_block, group.last_block, [&](long block, Ahead ahead) {
+                    const int count = blocks[block].count;
+                    tile_function<Format>(count)(weights, packed_x + block * x_stride, hidden, ahead, tile);
+                    for (int i = 0; i < count; i++) {
+                        store(tile[i], silu(load(tile[i])) * load(tile[i] + LANES));
+                        std::memcpy(inner + (blocks[block].first_pair + i) * width + panel * LANES, tile[i],
+                                    lanes == LANES ? LANES * sizeof(float) : lanes * sizeof(float));
+                    }
+                });
         }
     });
 
     pack_blocks(inner, nullptr, width, inner_stride, packed_inner);
-    const long column_chunks = chunks_for(y_panels, double(num_groups) * down_bytes, max_threads);
+    // With many rows a strip of columns is wide, since each of them reads all of `packed_inner`.
+    const long column_chunks = blocks_of_a_panel > 4 ? std::min(y_panels, 4L * max_threads)
+                                                     : chunks_for(y_panels, double(num_groups) * down_bytes, 1, max_threads);
     share(column_chunks, max_threads, [&](long chunk) {
         const Part mine(y_panels, chunk, column_chunks);
         const long first_column = mine.first * PANEL, columns = std::min(hidden, mine.last * PANEL) - first_column;
+        const long strip = mine.last - mine.first, panel_bytes = Format::panel_bytes(width);
         for (long row = 0; row < num_rows; row++) std::memset(y + row * hidden + first_column, 0, columns * sizeof(float));
+        const auto weights_of = [&](long part) {
+            return down + dispatch.groups[part / strip].expert * down_bytes + (mine.first + part % strip) * panel_bytes;
+        };
         Tile tile;
-        for (const ExpertGroup& group : dispatch.groups)
-            for (long panel = mine.first; panel < mine.last; panel++)
-                for (int block = group.first_block; block < group.last_block; block++) {
-                    tile_function<Format>(blocks[block].count)(
-                        down + group.expert * down_bytes + panel * Format::panel_bytes(width),
-                        packed_inner + block * inner_stride, width, tile);
-                    for (int i = 0; i < blocks[block].count; i++) {
+        for (long part = 0; part < num_groups * strip; part++) {
+            const ExpertGroup& group = dispatch.groups[part / strip];
+            const char *weights = weights_of(part), *next = weights_of(std::min(part + 1, num_groups * strip - 1));
+            const long column = (mine.first + part % strip) * PANEL;
+            for_blocks_of_panel<Format>(
+                weights, next, width, group.first_block, group.last_block, [&](long block, Ahead ahead) {
+                    const int count = blocks[block].count;
+                    tile_function<Format>(count)(weights, packed_inner + block * inner_stride, width, ahead, tile);
+                    for (int i = 0; i < count; i++) {
                         const int pair = blocks[block].first_pair + i;
-                        add_scaled(tile[i], dispatch.weights[pair], y + dispatch.rows[pair] * hidden + panel * PANEL,
-                                   std::min<long>(PANEL, hidden - panel * PANEL));
+                        add_scaled(tile[i], dispatch.weights[pair], y + dispatch.rows[pair] * hidden + column,
+                                   std::min<long>(PANEL, hidden - column));
                     }
-                }
+                });
+        }
     });
 }
 

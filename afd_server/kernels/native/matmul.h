@@ -22,9 +22,21 @@ namespace afd {
 
 constexpr int PANEL = 2 * LANES;
 constexpr double GROUP_BYTES = 640 * 1024;  // of rows of x: the second-level cache of a core is 1 to 2 MiB
-constexpr double CHUNK_BYTES = 192 * 1024;  // of weights
+constexpr long AHEAD_BYTES = 8192;
 
 inline long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
+
+// What a product asks for while it computes: `step` bytes further with every column of W.
+struct Ahead {
+    const char* at;
+    long step;
+
+    void ask() {
+        __builtin_prefetch(at, 0, 2);
+        __builtin_prefetch(at + 64, 0, 2);
+        at += step;
+    }
+};
 
 // A tile: `rows` rows of x times one panel, [rows][PANEL] floats.
 typedef float Tile[MAX_ROWS][PANEL];
@@ -33,6 +45,7 @@ template <class Element>
 struct Floating {
     static constexpr int MAX_ROWS = afd::MAX_ROWS;  // of a block
 
+    static long columns(long k) { return k; }  // that a product takes one by one
     static size_t panel_bytes(long k) { return size_t(k) * PANEL * sizeof(Element); }
     static size_t block_bytes(int rows, long k) { return size_t(rows) * k * sizeof(float); }
 
@@ -52,7 +65,7 @@ struct Floating {
         }
         long done = 0;
         // A vector of a column reaches beyond its `rows` numbers, into what the next columns overwrite.
-        for (; (done + LANES) * rows + LANES <= k * rows; done += LANES) {
+        for (; 2 * rows >= LANES && rows <= LANES && (done + LANES) * rows + LANES <= k * rows; done += LANES) {
             vec square[LANES];
 #pragma GCC unroll 16
             for (int row = 0; row < LANES; row++) square[row] = load(rows_of_x[std::min(row, rows - 1)] + done);
@@ -65,7 +78,7 @@ struct Floating {
     }
 
     template <int ROWS>
-    static void tile(const char* panel, const char* block, long k, Tile& result) {
+    static void tile(const char* panel, const char* block, long k, Ahead ahead, Tile& result) {
         const Element* w = reinterpret_cast<const Element*>(panel);
         const float* x = reinterpret_cast<const float*>(block);
         vec sums[ROWS][2];
@@ -73,8 +86,7 @@ struct Floating {
         for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = vec{};
         for (long i = 0; i < k; i++) {
             const vec w0 = load(w), w1 = load(w + LANES);
-            __builtin_prefetch(reinterpret_cast<const char*>(w) + PREFETCH_BYTES);
-            if (sizeof(Element) * PANEL > 64) __builtin_prefetch(reinterpret_cast<const char*>(w) + PREFETCH_BYTES + 64);
+            ahead.ask();
             w += PANEL;
 #pragma GCC unroll 12
             for (int row = 0; row < ROWS; row++) {
@@ -89,9 +101,6 @@ struct Floating {
             store(result[row] + LANES, sums[row][1]);
         }
     }
-
-private:
-    static constexpr int PREFETCH_BYTES = 8192;  // ahead: the hardware's own prefetcher stops at the end of a page
 };
 
 using Float32 = Floating<float>;
@@ -106,6 +115,7 @@ struct Int8 {
     static constexpr int MAX_ROWS = std::max(1, afd::MAX_ROWS / 2);  // of a block: two sums for each of Floating's
 
     static long quads(long k) { return (k + 3) / 4; }
+    static long columns(long k) { return quads(k); }
     static size_t panel_bytes(long k) { return size_t(PANEL) * 8 + size_t(quads(k)) * PANEL * 4; }
     static size_t block_bytes(int rows, long k) { return size_t(rows) * 4 + size_t(rows) * quads(k) * 8; }
 
@@ -146,7 +156,7 @@ struct Int8 {
     }
 
     template <int ROWS>
-    static void tile(const char* panel, const char* block, long k, Tile& result) {
+    static void tile(const char* panel, const char* block, long k, Ahead ahead, Tile& result) {
         const float* w_scales = reinterpret_cast<const float*>(panel);
         const int32_t* w_sums = reinterpret_cast<const int32_t*>(panel) + PANEL;
         const int32_t* w = reinterpret_cast<const int32_t*>(panel + PANEL * 8);
@@ -155,8 +165,7 @@ struct Int8 {
         ivec low[ROWS][2] = {}, high[ROWS][2] = {};
         for (long quad = 0; quad < quads(k); quad++) {
             const ivec w0 = *reinterpret_cast<const ivec*>(w), w1 = *reinterpret_cast<const ivec*>(w + LANES);
-            __builtin_prefetch(reinterpret_cast<const char*>(w) + 4096);
-            __builtin_prefetch(reinterpret_cast<const char*>(w) + 4096 + 64);
+            ahead.ask();
             w += PANEL;
 #pragma GCC unroll 6
             for (int row = 0; row < ROWS; row++) {
@@ -196,7 +205,7 @@ private:
     }
 };
 
-typedef void (*TileFunction)(const char* panel, const char* block, long k, Tile& result);
+typedef void (*TileFunction)(const char* panel, const char* block, long k, Ahead ahead, Tile& result);
 
 // The tile function for 1 to Format::MAX_ROWS rows.
 template <class Format, int... ROWS>
@@ -219,11 +228,25 @@ inline long groups_for(long blocks, size_t block_bytes) {
     return (blocks + most - 1) / most;
 }
 
-// Into how many chunks to cut `panels` panels of `bytes` in all: 192 KiB each, about 8 us of reading, and some 100 us of
-// computing with a full group of blocks. A thread that is held up in one holds up little.
-inline long chunks_for(long panels, double bytes, int max_threads) {
+// tile(block, ahead) for every block of a group with one panel. A panel that meets a single block is asked for a little ahead of
+// its use: the hardware's own prefetcher stops at the end of a page. One that meets many is asked for, part by part, by all the
+// products of the panel before it: `next`.
+template <class Format, class Body>
+void for_blocks_of_panel(const char* panel, const char* next, long k, long first, long last, const Body& tile) {
+    const long bytes = Format::panel_bytes(k), blocks = last - first, columns = Format::columns(k);
+    const long step = (bytes / columns + blocks - 1) / blocks;
+    for (long block = first; block < last; block++)
+        tile(block, Ahead{blocks == 1 ? panel + AHEAD_BYTES : next + (block - first) * columns * step, step});
+}
+
+// Into how many chunks to cut `panels` panels of `bytes` in all. With few blocks of rows a chunk is 192 KiB, about 8 us of
+// reading: a thread that is held up in it holds up little. With many it is larger, as only within a chunk panels follow each
+// other, but there are enough of them for all threads to end together.
+inline long chunks_for(long panels, double bytes, double blocks_of_a_panel, int max_threads) {
     if (max_threads <= 1) return std::min(panels, 1L);
-    return std::min(panels, std::max<long>(2 * max_threads, long(bytes / CHUNK_BYTES)));
+    const double scale = std::max(1.0, blocks_of_a_panel / 4);
+    const double chunk_bytes = std::min<double>(GROUP_BYTES, 192 * 1024 * scale);
+    return std::min(panels, std::max(long(2 * max_threads * std::min(scale * 4, 16.0)), long(bytes / chunk_bytes)));
 }
 
 // Packs W [n, k]. interleaved: W is the gate's rows, then the up's; a panel takes
@@ -259,23 +282,25 @@ void linear(const float* x, long x_stride, long m, long k, const char* w, const 
         Format::pack_block(rows, count, k, packed_x + block * block_stride);
     });
     // A chunk is some panels with one group of blocks.
-    const long groups = groups_for(blocks, block_stride);
-    const long chunks = chunks_for(panels, double(panels) * Format::panel_bytes(k), max_threads);
+    const long groups = groups_for(blocks, block_stride), panel_bytes = Format::panel_bytes(k);
+    const long chunks = chunks_for(panels, double(panels) * panel_bytes, double(blocks) / groups, max_threads);
     share(groups * chunks, max_threads, [&](long chunk) {
         const Part group(blocks, chunk / chunks, groups), mine(panels, chunk % chunks, chunks);
         Tile tile;
-        for (long panel = mine.first; panel < mine.last; panel++)
-            for (long block = group.first; block < group.last; block++) {
+        for (long panel = mine.first; panel < mine.last; panel++) {
+            const char* weights = w + panel * panel_bytes;
+            const int width = int(std::min<long>(PANEL, n - panel * PANEL));
+            for_blocks_of_panel<Format>(weights, weights + panel_bytes, k, group.first, group.last, [&](long block, Ahead ahead) {
                 const int count = int(std::min<long>(MAX_ROWS, m - block * MAX_ROWS));
-                const int width = int(std::min<long>(PANEL, n - panel * PANEL));
-                tile_function<Format>(count)(w + panel * Format::panel_bytes(k), packed_x + block * block_stride, k, tile);
+                tile_function<Format>(count)(weights, packed_x + block * block_stride, k, ahead, tile);
                 for (int row = 0; row < count; row++) {
                     float* out = y + (block * MAX_ROWS + row) * y_stride + panel * PANEL;
                     if (bias)
                         for (int column = 0; column < width; column++) tile[row][column] += bias[panel * PANEL + column];
                     std::memcpy(out, tile[row], width == PANEL ? sizeof(tile[row]) : width * sizeof(float));
                 }
-            }
+            });
+        }
     });
 }
 
