@@ -87,5 +87,6 @@ def packed_rows(ids_T: Tensor, weight: PackedMatrix, instruction_set: str | None
         len(ids_T),
         weight.k,
         rows_TK.data_ptr(),
+        torch.get_num_threads(),
     )
     return rows_TK

@@ -73,7 +73,7 @@ def route(
     assert logits_TE.is_contiguous() and logits_TE.dtype is torch.float32
     library(instruction_set).afd_route(
         logits_TE.data_ptr(), rows, num_experts, top_k, softmax, renormalise, scaling, _pointer(correction),
-        ids_TK.data_ptr(), weights_TK.data_ptr(),
+        ids_TK.data_ptr(), weights_TK.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return ids_TK, weights_TK
 

@@ -152,13 +152,14 @@ void experts(const float* x, long num_rows, long hidden, long width, const char*
             const long column = (mine.first + part % strip) * PANEL;
             for_blocks_of_panel<Format>(
                 weights, next, width, group.first_block, group.last_block, [&](long block, Ahead ahead) {
-                    const int count = blocks[block].count;
+                    const int count = blocks[block].count, first_pair = blocks[block].first_pair;
+                    const auto part_of_row = [&](int i) { return y + dispatch.rows[first_pair + i] * hidden + column; };
+                    for (int i = 0; i < count; i++)
+                        for (int at = 0; at < PANEL; at += FLOATS_OF_A_LINE) __builtin_prefetch(part_of_row(i) + at);
                     tile_function<Format>(count)(weights, packed_inner + block * inner_stride, width, ahead, tile);
-                    for (int i = 0; i < count; i++) {
-                        const int pair = blocks[block].first_pair + i;
-                        add_scaled(tile[i], dispatch.weights[pair], y + dispatch.rows[pair] * hidden + column,
+                    for (int i = 0; i < count; i++)
+                        add_scaled(tile[i], dispatch.weights[first_pair + i], part_of_row(i),
                                    std::min<long>(PANEL, hidden - column));
-                    }
                 });
         }
     });

@@ -85,8 +85,8 @@ void afd_paged_attention(const float* queries, long query_stride, long num_heads
 }
 
 void afd_route(const float* logits, long num_rows, long num_experts, long top_k, long softmax, long renormalise, float scaling,
-               const float* correction, int32_t* ids, float* weights) {
-    route(logits, num_rows, num_experts, top_k, softmax, renormalise, scaling, correction, ids, weights);
+               const float* correction, int32_t* ids, float* weights, long threads) {
+    route(logits, num_rows, num_experts, top_k, softmax, renormalise, scaling, correction, ids, weights, int(threads));
 }
 
 void afd_attention_side(const GroupedQueryLayer* layer, long num_rows, float* x, const float* answer, float* normed, int32_t* ids,
@@ -105,8 +105,9 @@ void afd_attention_side(const GroupedQueryLayer* layer, long num_rows, float* x,
         attention_side(*layer, rows, static_cast<float*>(cache), entries, int(threads), linear);
 }
 
-void afd_rows_of_packed(long bfloat16_weights, const char* w, const int64_t* ids, long num_ids, long k, float* out) {
-    (bfloat16_weights ? rows_of_packed<bfloat16> : rows_of_packed<float>)(w, ids, num_ids, k, out);
+void afd_rows_of_packed(long bfloat16_weights, const char* w, const int64_t* ids, long num_ids, long k, float* out,
+                        long threads) {
+    (bfloat16_weights ? rows_of_packed<bfloat16> : rows_of_packed<float>)(w, ids, num_ids, k, out, int(threads));
 }
 
 }  // extern "C"

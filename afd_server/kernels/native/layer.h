@@ -65,7 +65,7 @@ void attention_side(const GroupedQueryLayer& layer, const LayerRows& rows, Eleme
         float* logits = logits_scratch.get<float>(count * layer.num_experts);
         linear(layer.router, rows.normed, count, hidden, logits);
         route(logits, count, layer.num_experts, layer.top_k, layer.softmax, layer.renormalise, layer.routed_scaling,
-              layer.correction, rows.ids, rows.weights);
+              layer.correction, rows.ids, rows.weights, threads);
     }
 }
 

@@ -22,7 +22,9 @@ namespace afd {
 
 constexpr int PANEL = 2 * LANES;
 constexpr double GROUP_BYTES = 640 * 1024;  // of rows of x: the second-level cache of a core is 1 to 2 MiB
+constexpr double CHUNK_BYTES = 192 * 1024;  // of weights, for few rows
 constexpr long AHEAD_BYTES = 8192;
+constexpr int FLOATS_OF_A_LINE = 16;
 
 inline long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
 
@@ -239,14 +241,13 @@ void for_blocks_of_panel(const char* panel, const char* next, long k, long first
         tile(block, Ahead{blocks == 1 ? panel + AHEAD_BYTES : next + (block - first) * columns * step, step});
 }
 
-// Into how many chunks to cut `panels` panels of `bytes` in all. With few blocks of rows a chunk is 192 KiB, about 8 us of
-// reading: a thread that is held up in it holds up little. With many it is larger, as only within a chunk panels follow each
-// other, but there are enough of them for all threads to end together.
+// Into how many chunks to cut `panels` panels of `bytes` in all. Where most panels meet one block of rows, a chunk is 192 KiB,
+// about 8 us of reading: a thread that is held up in it holds up little. Where they meet more it is larger, as only within a
+// chunk a panel is asked for while the one before it is computed, but there are enough chunks for all threads to end together.
 inline long chunks_for(long panels, double bytes, double blocks_of_a_panel, int max_threads) {
     if (max_threads <= 1) return std::min(panels, 1L);
-    const double scale = std::max(1.0, blocks_of_a_panel / 4);
-    const double chunk_bytes = std::min<double>(GROUP_BYTES, 192 * 1024 * scale);
-    return std::min(panels, std::max(long(2 * max_threads * std::min(scale * 4, 16.0)), long(bytes / chunk_bytes)));
+    const bool many = blocks_of_a_panel > 1.5;
+    return std::min(panels, std::max((many ? 16L : 2L) * max_threads, long(bytes / (many ? GROUP_BYTES : CHUNK_BYTES))));
 }
 
 // Packs W [n, k]. interleaved: W is the gate's rows, then the up's; a panel takes

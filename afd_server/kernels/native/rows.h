@@ -93,12 +93,12 @@ void rotate_and_write(Heads queries, Heads keys, Heads values, long num_rows, lo
 // weights: softmax over all experts, or sigmoids; summing to 1 if renormalised; times scaling. correction: [num_experts],
 // added for the choice alone, or null.
 inline void route(const float* logits, long num_rows, long num_experts, long top_k, bool softmax, bool renormalise,
-                  float scaling, const float* correction, int32_t* ids, float* weights) {
-    static thread_local Scratch scratch;
+                  float scaling, const float* correction, int32_t* ids, float* weights, int max_threads) {
     const long padded = (num_experts + LANES - 1) / LANES * LANES;
-    float* scores = scratch.get<float>(2 * padded);
-    float* ranks = scores + padded;
-    for (long row = 0; row < num_rows; row++) {
+    share_rows(num_rows, num_rows * padded * (1 + top_k), max_threads, [&](long row) {
+        static thread_local Scratch scratch;
+        float* scores = scratch.get<float>(2 * padded);
+        float* ranks = scores + padded;
         const float* in = logits + row * num_experts;
         const float highest = softmax ? *std::max_element(in, in + num_experts) : 0;
         for (long i = 0; i < padded; i++) scores[i] = i < num_experts ? in[i] - highest : 0;
@@ -122,17 +122,17 @@ inline void route(const float* logits, long num_rows, long num_experts, long top
         }
         const float scale = (renormalise ? 1 / std::max(chosen_total, 1e-20f) : 1) * scaling;
         for (long k = 0; k < top_k; k++) weights[row * top_k + k] *= scale;
-    }
+    });
 }
 
 // Rows `ids` of a packed matrix [n, k], as floats: an embedding that is also the LM head is held once.
 template <class Element>
-void rows_of_packed(const char* w, const int64_t* ids, long num_ids, long k, float* out) {
-    for (long i = 0; i < num_ids; i++) {
+void rows_of_packed(const char* w, const int64_t* ids, long num_ids, long k, float* out, int max_threads) {
+    share_rows(num_ids, num_ids * k, max_threads, [&](long i) {
         const char* panel = w + ids[i] / PANEL * Floating<Element>::panel_bytes(k);
         const Element* column = reinterpret_cast<const Element*>(panel) + ids[i] % PANEL;
         for (long j = 0; j < k; j++) out[i * k + j] = to_float(column[j * PANEL]);
-    }
+    });
 }
 
 }  // namespace afd

@@ -83,3 +83,17 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(instruction_set, format):
     together = run(slice(0, 31))
     for row in (0, 17, 30):
         assert torch.equal(together[row], run(slice(row, row + 1))[0])
+
+
+def test_more_rows_than_a_cache_holds(instruction_set):
+    gate_up, down = random(2, 40, 1030) / 32, random(2, 1030, 20, seed=1) / 5
+    x, ids, weights = batch(330, 1030, 2, 2)
+    packed = PackedExperts.pack(list(gate_up), list(down), "float32", instruction_set)
+
+    def run(rows):
+        return run_experts(x[rows], packed, ids[rows], weights[rows], first_expert=0, num_experts=2, instruction_set=instruction_set)  # fmt: skip
+
+    together = run(slice(0, 330))
+    torch.testing.assert_close(together, reference(x, gate_up, down, ids, weights, 0), rtol=1e-4, atol=1e-4)
+    for row in (0, 155, 329):
+        assert torch.equal(together[row], run(slice(row, row + 1))[0])

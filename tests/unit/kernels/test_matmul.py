@@ -60,6 +60,17 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(instruction_set, format):
         assert torch.equal(together[row : row + 1], linear(x[row : row + 1], packed, None, instruction_set))
 
 
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
+def test_more_rows_than_a_cache_holds(instruction_set, format):
+    weight, x = random(70, 1030), random(330, 1030, seed=1)
+    packed = PackedMatrix.pack([weight], format, instruction_set)
+    together = linear(x, packed, None, instruction_set)
+    expected = F.linear(x, weight)
+    assert (together - expected).norm() < {"float32": 1e-5, "bfloat16": 0.005, "int8": 0.02}[format] * expected.norm()
+    for row in (0, 155, 156, 329):
+        assert torch.equal(together[row : row + 1], linear(x[row : row + 1], packed, None, instruction_set))
+
+
 def test_rows_of_x_may_be_parts_of_wider_rows(instruction_set):
     weight, wide = random(40, 16), random(6, 50)
     packed = PackedMatrix.pack([weight], "float32", instruction_set)
