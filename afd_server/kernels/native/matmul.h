@@ -33,9 +33,10 @@ struct Ahead {
     const char* at;
     long step;
 
+    template <size_t COLUMN_BYTES>
     void ask() {
         __builtin_prefetch(at, 0, 2);
-        __builtin_prefetch(at + 64, 0, 2);
+        if (COLUMN_BYTES > 64) __builtin_prefetch(at + 64, 0, 2);
         at += step;
     }
 };
@@ -88,7 +89,7 @@ struct Floating {
         for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = vec{};
         for (long i = 0; i < k; i++) {
             const vec w0 = load(w), w1 = load(w + LANES);
-            ahead.ask();
+            ahead.ask<PANEL * sizeof(Element)>();
             w += PANEL;
 #pragma GCC unroll 12
             for (int row = 0; row < ROWS; row++) {
@@ -167,7 +168,7 @@ struct Int8 {
         ivec low[ROWS][2] = {}, high[ROWS][2] = {};
         for (long quad = 0; quad < quads(k); quad++) {
             const ivec w0 = *reinterpret_cast<const ivec*>(w), w1 = *reinterpret_cast<const ivec*>(w + LANES);
-            ahead.ask();
+            ahead.ask<PANEL * 4>();
             w += PANEL;
 #pragma GCC unroll 6
             for (int row = 0; row < ROWS; row++) {

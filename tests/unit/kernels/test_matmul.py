@@ -66,7 +66,9 @@ def test_more_rows_than_a_cache_holds(instruction_set, format):
     packed = PackedMatrix.pack([weight], format, instruction_set)
     together = linear(x, packed, None, instruction_set)
     expected = F.linear(x, weight)
-    assert (together - expected).norm() < {"float32": 1e-5, "bfloat16": 0.005, "int8": 0.02}[format] * expected.norm()
+    assert (together - expected).norm() < {"float32": 1e-5, "bfloat16": 0.005, "int8": 0.02}[
+        format
+    ] * expected.norm()
     for row in (0, 155, 156, 329):
         assert torch.equal(together[row : row + 1], linear(x[row : row + 1], packed, None, instruction_set))
 
