@@ -1,8 +1,8 @@
 // The gated MLPs of a mixture of experts in one call: y = sum over a row's experts of weight * down(silu(gate x) * up x).
 //
 // First, (expert, panel of gate and up) pairs are shared out among the threads; then columns of y, so that no two threads add
-// to one number and a row's experts are added in the order of their ids. Each active expert's weights are read once for up to MAX_ROWS rows; idle experts are never touched. A dense
-// MLP is the case of one expert that every row chose with weight 1.
+// to one number and a row's experts are added in the order of their ids. Each active expert's weights are read once for up
+// to MAX_ROWS rows; idle experts are never touched. A dense MLP is the case of one expert that every row chose with weight 1.
 #pragma once
 
 #include <vector>
@@ -153,12 +153,10 @@ void experts(const float* x, long num_rows, long hidden, long width, const char*
             for_blocks_of_panel<Format>(
                 weights, next, width, group.first_block, group.last_block, [&](long block, Ahead ahead) {
                     const int count = blocks[block].count, first_pair = blocks[block].first_pair;
-                    const auto part_of_row = [&](int i) { return y + dispatch.rows[first_pair + i] * hidden + column; };
-                    for (int i = 0; i < count; i++)
-                        for (int at = 0; at < PANEL; at += FLOATS_OF_A_LINE) __builtin_prefetch(part_of_row(i) + at);
                     tile_function<Format>(count)(weights, packed_inner + block * inner_stride, width, ahead, tile);
                     for (int i = 0; i < count; i++)
-                        add_scaled(tile[i], dispatch.weights[first_pair + i], part_of_row(i),
+                        add_scaled(tile[i], dispatch.weights[first_pair + i],
+                                   y + dispatch.rows[first_pair + i] * hidden + column,
                                    std::min<long>(PANEL, hidden - column));
                 });
         }

@@ -23,8 +23,7 @@ namespace afd {
 constexpr int PANEL = 2 * LANES;
 constexpr double GROUP_BYTES = 640 * 1024;  // of rows of x: the second-level cache of a core is 1 to 2 MiB
 constexpr double CHUNK_BYTES = 192 * 1024;  // of weights, for few rows
-constexpr long AHEAD_BYTES = 8192;
-constexpr int FLOATS_OF_A_LINE = 16;
+constexpr long AHEAD_BYTES = 8192;         // of where a product reads, with one block of rows
 
 inline long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
 
