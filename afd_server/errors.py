@@ -113,6 +113,10 @@ class ProtocolError(WorkerError):
     """A peer sent bytes that are not this protocol: wrong magic, version, secret, length or order."""
 
 
+class RayLostError(ServingError):
+    """The Ray cluster of this server alone has ended while it served, and every worker with it."""
+
+
 class UnavailableError(ServingError):
     """The server can take no request now: starting, draining, or without a live attention replica."""
 

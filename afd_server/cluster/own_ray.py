@@ -56,7 +56,7 @@ class OwnRay:
         """Ends Ray, and with it whatever runs there; returns when it is gone."""
         self._directory.end()
         deadline = time.monotonic() + RAY_END_TIMEOUT_S
-        while self._is_running():
+        while self.is_running():
             if time.monotonic() >= deadline:
                 logger.error("Ray has not ended within %g s", RAY_END_TIMEOUT_S)
                 if self._keeper is not None:
@@ -67,7 +67,8 @@ class OwnRay:
         self._directory.give_back()
         self._directory.remove()
 
-    def _is_running(self) -> bool:
+    def is_running(self) -> bool:
+        """Whether its keeper lives: Ray's processes and the workers die with it."""
         return self._keeper.poll() is None if self._keeper is not None else self._directory.is_kept()
 
 

@@ -7,6 +7,7 @@ brought back when it dies (supervisor.py), or which replica serves a request (ro
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -42,7 +43,7 @@ from afd_server.cluster.survivors import find_crew, new_crew
 from afd_server.cluster.watch import Member, Role, first_line
 from afd_server.cluster.workers import Started
 from afd_server.config import ServeConfig
-from afd_server.errors import UnavailableError
+from afd_server.errors import RayLostError, UnavailableError
 from afd_server.router.router import Router
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.control import ControlClient
@@ -52,6 +53,9 @@ logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
+# Between two looks whether an own Ray cluster is there.
+LOOK_EVERY_S = 0.5
+LOST = "Ray on this host has ended, and every worker with it: its keeper was killed, or one of Ray's processes died (start the server again)"
 
 KINDS: dict[Role, type] = {"ffn": FFNActor, "attention": AttentionActor}
 
@@ -199,11 +203,28 @@ class RayCluster:
         return why_unplaced(self._places[member.name])
 
     async def supervise(self, router: Router, metrics: WorkerMetrics) -> None:
-        """Watches over every actor until cancelled, and brings back those that die."""
+        """Watches over every actor until cancelled, and brings back those that die. Raises RayLostError."""
         if self._crew.descriptions:
             await self._supervisor.tell_ffn()  # it may have changed while nobody could be told
         self._rescaler = Rescaler(self._config, self, self._supervisor, router)
-        await self._supervisor.run(router, metrics)
+        tasks = [
+            asyncio.create_task(self._supervisor.run(router, metrics)),
+            asyncio.create_task(self._ray_is_lost()),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ray_is_lost(self) -> None:
+        """Raises RayLostError as soon as there is no Ray any more. In a cluster of others that is for them to notice."""
+        while self._own_ray is None or self._own_ray.is_running():
+            await asyncio.sleep(LOOK_EVERY_S)
+        raise RayLostError(LOST)
 
     # --- what operators ask ----------------------------------------------------------------------------------------
 
@@ -239,6 +260,9 @@ class RayCluster:
 
     def stop(self) -> None:
         """Asks every worker to end its work, then ends the processes. Harmless when nothing was started."""
+        if self._own_ray is not None and not self._own_ray.is_running():  # nobody is left to be asked
+            self._own_ray.end()
+            return
         try:
             ray.get([place.actor.stop.remote() for place in self._places.values()], timeout=STOP_TIMEOUT_S)
         except GetTimeoutError as error:

@@ -33,6 +33,9 @@ OWN_CLUSTER_SETTINGS = {
     "RAY_AUTH_MODE": "token",
     # Ray would start idle processes before it calls itself started, and wait for a minute for those that do not come up.
     "RAY_prestart_worker_first_driver": "0",
+    # Ray's records of calls and its own metrics: nobody reads them here, and they grow with every heartbeat.
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
 }
 
 

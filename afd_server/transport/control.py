@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 16 << 20
 # What may lie unsent for one client: some minutes of tokens. A client further behind does not read any more.
 MAX_UNSENT_BYTES = 32 << 20
+# What may lie unsent for a replica. Requests beyond that wait as they are, and cost nothing besides.
+MAX_BACKLOG_BYTES = 4 << 20
 
 _LENGTH = struct.Struct("<I")
 
@@ -246,12 +248,19 @@ class ControlServer:
 
 
 class ControlClient:
-    """The router's end, to one replica. `submit` and `abort` queue and return; `updates` brings what comes back."""
+    """The router's end, to one replica. `submit` and `abort` queue and return; `updates` brings what comes back.
+
+    A replica that reads slowly, or is sent much at once, is no dead one: requests wait here, in order, until it has read.
+    Whether it lives is for `updates` and for heartbeats to tell.
+    """
 
     def __init__(self, worker: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Use `connect`."""
         self.worker = worker
         self._reader, self._writer = reader, writer
+        writer.transport.set_write_buffer_limits(high=MAX_BACKLOG_BYTES)
+        self._waiting: dict[str, GenerationRequest] = {}
+        self._passing_on: asyncio.Task[None] | None = None  # while requests wait
 
     @classmethod
     async def connect(cls, endpoint: Endpoint, secret: bytes, timeout_s: float) -> ControlClient:
@@ -277,15 +286,22 @@ class ControlClient:
 
     def submit(self, request: GenerationRequest) -> None:
         """Sends a request; its outputs come with `updates`. Raises WorkerDiedError when the replica is gone."""
-        self._send(Submit(request))
+        if self._passing_on is None and self._writer.transport.get_write_buffer_size() < MAX_BACKLOG_BYTES:
+            self._send(Submit(request))
+            return
+        self._check_open()
+        self._waiting[request.request_id] = request
+        if self._passing_on is None:
+            self._passing_on = asyncio.create_task(self._pass_on())
 
     def abort(self, request_id: str) -> None:
         """Says that nobody waits for the request any more: no output of it comes but what is on its way already.
 
         Does nothing when it ended, or the replica is gone.
         """
-        with contextlib.suppress(WorkerDiedError):
-            self._send(Abort(request_id))
+        if self._waiting.pop(request_id, None) is None:
+            with contextlib.suppress(WorkerDiedError):
+                self._send(Abort(request_id))
 
     async def updates(self) -> AsyncIterator[ReplicaUpdate]:
         """Every update from the replica, in order, until the connection ends: then it raises WorkerDiedError.
@@ -305,16 +321,28 @@ class ControlClient:
 
     def close(self) -> None:
         """Ends the connection; the replica aborts this client's requests."""
+        self._waiting.clear()
         self._writer.close()
 
     def _send(self, command: Submit | Abort) -> None:
-        transport = self._writer.transport
-        frame = _frame(command)
-        if not transport.is_closing() and transport.get_write_buffer_size() + len(frame) > MAX_UNSENT_BYTES:
-            transport.abort()  # it has stopped reading: as good as dead
-        if transport.is_closing():
+        self._check_open()
+        self._writer.write(_frame(command))
+
+    def _check_open(self) -> None:
+        if self._writer.transport.is_closing():
             raise WorkerDiedError(self.worker, "the control connection is closed")
-        self._writer.write(frame)
+
+    async def _pass_on(self) -> None:
+        """Sends what waits, as the replica reads. Ends with the connection, of which `updates` tells."""
+        try:
+            while self._waiting:
+                await self._writer.drain()
+                while self._waiting and self._writer.transport.get_write_buffer_size() < MAX_BACKLOG_BYTES:
+                    self._send(Submit(self._waiting.pop(next(iter(self._waiting)))))
+        except (OSError, WorkerDiedError):
+            self._waiting.clear()
+        finally:
+            self._passing_on = None
 
 
 def _engine_id(submission: int, request_id: str) -> str:

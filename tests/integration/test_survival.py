@@ -204,6 +204,18 @@ def test_workers_that_nobody_comes_for_end_themselves(model, home):
     wait_until(lambda: list((home / "run").iterdir()) == [])
 
 
+def test_a_server_whose_ray_has_been_killed_ends_with_the_cause(model, home):
+    with Server(model, *FLAGS) as server:
+        below = [psutil.Process(pid) for pid in pids(server).values()]
+        (keeper,) = psutil.Process(server.process.pid).children()
+        keeper.kill()
+        assert server.process.wait(DEADLINE_S) == 1
+        assert "\nafd serve: Ray on this host has ended" in server.log()
+    _gone, alive = psutil.wait_procs(below, timeout=DEADLINE_S)
+    assert alive == []
+    assert list((home / "run").iterdir()) == []
+
+
 def test_the_workers_of_one_process_are_not_scaled(model):
     with Server(model, *FLAGS, "--executor", "local") as server:
         for command in (["scale", "--attention-workers", 2], ["restart"]):

@@ -182,6 +182,39 @@ async def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not() -
         assert await next_update(reading) == an_update("r1")
 
 
+async def test_more_than_a_replica_reads_at_once_waits_and_does_not_end_it() -> None:
+    requests = [a_request(f"r{number}", (70_000,) * 8000) for number in range(1000)]  # 40 KB each
+    async with replica() as served:
+        client = await served.client()
+        for request in requests:
+            client.submit(request)
+        left = [request.request_id for request in requests[900:950]]
+        for request_id in left:
+            client.abort(request_id)
+        came = []
+        while len(came) < len(requests) - len(left):
+            kind, request = await served.next_event()
+            assert kind == "submit"
+            came.append(request.request_id.partition(":")[2])
+        assert came == [request.request_id for request in requests if request.request_id not in left]
+        client.submit(a_request("one more"))
+        await served.next_submission(a_request("one more"))
+        client.close()
+
+
+async def test_a_replica_that_dies_takes_with_it_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "MAX_BACKLOG_BYTES", 50_000)
+    async with replica() as served:
+        client = await served.client()
+        for number in range(400):
+            client.submit(a_request(f"r{number}", (70_000,) * 8000))
+        await served.server.close()
+        with pytest.raises(WorkerDiedError):
+            await next_update(client)
+        with pytest.raises(WorkerDiedError):
+            client.submit(a_request("one more"))
+
+
 async def test_what_nobody_hears_is_dropped() -> None:
     server = ControlServer(SECRET, name="a", node="n", on_submit=print, on_abort=print)
     server.publish(an_update("r1"))
