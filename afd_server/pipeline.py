@@ -57,12 +57,17 @@ def hop_order(num_micro_batches: int, num_hops: int) -> Iterator[tuple[int, int]
 def run_pipeline(
     passes: Sequence[Generator[Call, Answer, Result]], channel: Channel[Call, Answer], num_hops: int
 ) -> PipelineRun[Result]:
-    """Drives the passes to their ends. An error of the channel or of a pass closes all passes and is raised."""
-    results: list[Result] = []
+    """Drives the passes to their ends: each makes num_hops calls, or fewer when it made some by itself.
+
+    An error of the channel or of a pass closes all passes and is raised.
+    """
+    results: dict[int, Result] = {}
     computing_s = waiting_s = 0.0
     try:
         waiting_since = time.perf_counter()
         for micro_batch, hop in hop_order(len(passes), num_hops):
+            if micro_batch in results:
+                continue
             answer = channel.receive(micro_batch) if hop else None
             computing_since = time.perf_counter()
             waiting_s += computing_since - waiting_since
@@ -70,7 +75,7 @@ def run_pipeline(
             try:
                 call = passes[micro_batch].send(answer)  # type: ignore[arg-type]  # a generator starts with None
             except StopIteration as end:
-                results.append(end.value)
+                results[micro_batch] = end.value
             waiting_since = time.perf_counter()
             computing_s += waiting_since - computing_since
             if call is not None:
@@ -79,4 +84,4 @@ def run_pipeline(
         for forward_pass in passes:
             forward_pass.close()
     assert len(results) == len(passes), f"a pass made more than {num_hops} hops"
-    return PipelineRun(results, computing_s, waiting_s)
+    return PipelineRun([results[index] for index in range(len(passes))], computing_s, waiting_s)

@@ -23,6 +23,7 @@ from afd_server.errors import (
     WorkerGivenUpError,
     WorkerTimeoutError,
 )
+from afd_server.kernels.hop import CallPlace, LayerRun
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import Answer, CallTag, Link
 
@@ -53,6 +54,23 @@ class GroupTiming:
     ffn_rows: int = 0
     num_hops: int = 0
     num_resent: int = 0
+
+    def note(self, answers: Collection[Answer], round_trip_s: float, waited_s: float) -> None:
+        """A call was answered, by all shards that have a part in it."""
+        slowest = max(answers, key=_time_at_the_worker)
+        ffn_s, queue_s = slowest.ffn_us * 1e-6, slowest.queue_us * 1e-6
+        self.ffn_s += ffn_s
+        self.ffn_rows += slowest.batch_rows
+        self.num_hops += 1
+        # The round trip is the wire's only as far as this side stood waiting; else it includes other work done here.
+        self.wire_s += min(waited_s, max(0.0, round_trip_s - ffn_s - queue_s))
+
+    def note_run(self, run: LayerRun) -> None:
+        """So many calls were answered one after the other."""
+        self.ffn_s += run.ffn_s
+        self.wire_s += run.wire_s
+        self.ffn_rows += run.ffn_rows
+        self.num_hops += run.answered
 
 
 @dataclass(slots=True)
@@ -113,7 +131,7 @@ class FFNGroup:
         assert all(self._choices), "every shard has a worker"
         self._flights: dict[int, _Flight] = {}
         self._lock = threading.Lock()
-        self._step = 0
+        self._step = self._running_at = 0
         self.timing = GroupTiming()
         self.progressed_at = 0.0
 
@@ -146,18 +164,44 @@ class FFNGroup:
         answers = {shard: self._receive_part(flight, shard, deadline) for shard in flight.parts}
         received_at = self.progressed_at = time.monotonic()
         waited_s = flight.sending_s + received_at - waiting_since
-        self._note_times(answers, received_at - flight.sent_at, waited_s)
+        self.timing.note(answers.values(), received_at - flight.sent_at, waited_s)
         return summed(flight.call, flight.parts, answers, self._dtype)
 
-    def _note_times(self, answers: dict[int, Answer], round_trip_s: float, waited_s: float) -> None:
-        slowest = max(answers.values(), key=_time_at_the_worker)
-        ffn_s, queue_s = slowest.ffn_us * 1e-6, slowest.queue_us * 1e-6
-        timing = self.timing
-        timing.ffn_s += ffn_s
-        timing.ffn_rows += slowest.batch_rows
-        timing.num_hops += 1
-        # The round trip is the wire's only as far as this side stood waiting; else it includes other work done here.
-        timing.wire_s += min(waited_s, max(0.0, round_trip_s - ffn_s - queue_s))
+    # --- runs: calls that a kernel makes by itself, one after the other (shortcut.py) -------------------------------
+
+    def begin_run(self, rows: int) -> tuple[CallPlace, float] | None:
+        """Where its calls go, and for how long an answer is waited for. None where there is more than one shard, or no link.
+
+        Raises WorkerGivenUpError. `end_run` follows, and nothing between.
+        """
+        if self._num_shards > 1:
+            return None
+        index = self._in_order_of_trust(0)[0]
+        peer, tag = self._peers[index], CallTag(self._replica, self._step, 0, 0)
+        place = None if peer.link is None else peer.link.begin_run(tag, rows)
+        if place is None:
+            return None
+        peer.calls.add(tag)  # the worker may not leave before its end
+        self._running_at = index
+        return place, self._timeout_s / (1 + self._num_others(0, index))
+
+    def end_run(self, run: LayerRun, rows: int) -> None:
+        """Raises WorkerTimeoutError when an answer did not come and nobody else can be asked."""
+        index = self._running_at
+        peer, tag = self._peers[index], CallTag(self._replica, self._step, max(0, run.sent - 1), 0)
+        assert peer.link is not None
+        worker = peer.link.worker
+        peer.link.end_run(tag, rows, run.sent, run.torn)
+        peer.calls.clear()
+        self.timing.note_run(run)
+        if run.answered:
+            self.progressed_at = run.answered_at
+        if run.late:
+            self._drop(index)
+            self._suspect(index)
+            if not self._num_others(0, index):
+                raise WorkerTimeoutError(worker, f"no answer within {self._timeout_s:g} s",
+                                         layer=tag.layer, step=tag.step)  # fmt: skip
 
     # --- one shard, with its failures ------------------------------------------------------------------------------
 
@@ -196,7 +240,7 @@ class FFNGroup:
             peer = self._peers[index]
             assert peer.link is not None
             # A worker may hang with its connection open. While there are other replicas, each gets its share of the time.
-            others = sum([not self._is_suspected(other) for other in self._choices[shard] if other != index])
+            others = self._num_others(shard, index)
             left_s = max(0.0, deadline - time.monotonic())
             try:
                 answer = peer.link.receive(flight.tag, left_s / (1 + others))
@@ -226,6 +270,10 @@ class FFNGroup:
         index = flight.holders[shard]
         peer = self._peers[index]
         return index if flight.tag in peer.calls and peer.link is not None else None
+
+    def _num_others(self, shard: int, index: int) -> int:
+        """Replicas of the shard that may be asked instead of this one."""
+        return sum([not self._is_suspected(other) for other in self._choices[shard] if other != index])
 
     def _suspect(self, index: int) -> None:
         self._peers[index].suspected_until = time.monotonic() + SUSPECT_FOR_S

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from afd_server.attention.ffn_group import FFNGroup
 from afd_server.attention.sampler import Sampler
+from afd_server.attention.shortcut import shortcut_for
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.halves import AttentionHalf
 from afd_server.pipeline import run_pipeline
@@ -45,6 +46,7 @@ class AttentionWorker:
         self._ffn_group = ffn_group
         self._block_size = block_size
         self._device = device
+        self._shortcut = shortcut_for(half, ffn_group)
         self._sampler = Sampler(half.spec.vocab_size, half.spec.eos_token_ids, device)
 
     @torch.inference_mode()
@@ -59,11 +61,16 @@ class AttentionWorker:
         for request in plan.started:
             self._sampler.start(request)
         self._ffn_group.begin_step(plan.step)
+        # Micro-batches that overlap are driven from here, one hop of each in turn.
+        shortcut = self._shortcut if len(plan.micro_batches) == 1 else None
         passes = [
-            self._half.forward(AttentionBatch.build(requests, self._block_size, self._device), self._cache)
+            self._half.forward(
+                AttentionBatch.build(requests, self._block_size, self._device), self._cache, shortcut
+            )
             for requests in plan.micro_batches
         ]
         run = run_pipeline(passes, self._ffn_group, num_hops=self._half.spec.num_layers)
+        in_shortcut_s = shortcut.waiting_s if shortcut is not None else 0.0
         sampled = [request.request_id for batch in plan.micro_batches for request in batch if request.samples]
         tokens = self._sampler.sample(sampled, torch.cat(run.results)) if sampled else []
         wire = self._ffn_group.timing
@@ -72,10 +79,10 @@ class AttentionWorker:
             tokens=tuple(tokens),
             timing=StepTiming(
                 total_s=time.perf_counter() - started_at,
-                attention_s=run.computing_s,
+                attention_s=run.computing_s - in_shortcut_s,
                 ffn_s=wire.ffn_s,
                 wire_s=wire.wire_s,
-                bubble_s=run.waiting_s,
+                bubble_s=run.waiting_s + in_shortcut_s,
                 num_hops=wire.num_hops,
                 num_micro_batches=len(passes),
                 num_tokens=plan.num_tokens,

@@ -40,6 +40,7 @@ from afd_server.ffn.worker import FFNWorker
 from afd_server.kvcache.storage import allocate_cache, num_blocks_for
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half
 from afd_server.models.families import read_model_spec
+from afd_server.models.ffn_layer_cpu import kernel_ffn
 from afd_server.transport.base import Listener
 from afd_server.types import ReplicaUpdate
 
@@ -97,7 +98,10 @@ class FFNServer:
             raise
         self.half = half
         self.info = WorkerInfo(self.name, os.getpid(), device.type, half.weight_bytes())
-        self._worker = FFNWorker(self.name, half, listener, end_at_failure=config.executor == "ray")
+        kernels = [kernel_ffn(layer) for layer in half.layers]
+        self._worker = FFNWorker(
+            self.name, half, listener, kernels=kernels, end_at_failure=config.executor == "ray"
+        )
         self._thread = threading.Thread(target=self._worker.serve, name=self.name, daemon=True)
         self._thread.start()
         logger.info("%s: %.1f MB of weights on %s in %.1f s", self.name, self.info.weight_bytes / 1e6, device.type,

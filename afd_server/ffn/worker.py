@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from afd_server.errors import ServingError
+from afd_server.kernels.hop import KernelFFN
 from afd_server.models.ffn_call import FFNCall
 from afd_server.models.halves import FFNHalf
 from afd_server.transport.base import IncomingCall, Listener
@@ -28,12 +29,22 @@ IDLE_WAIT_S = 0.05
 class FFNWorker:
     """Serves one shard's weights to whoever calls. `serve` runs on one thread; `stop` may come from any.
 
+    kernels: for each layer, what the half does with a call of it, where one kernel does it all. Such calls are served without
+    Python in between, where the listener can, one after the other.
     end_at_failure: whether a call that cannot be computed ends `serve`, after its caller has been told the reason. That
     is right where the worker is started afresh: what broke once (a device, memory) rarely mends itself.
     failure: the first such reason. progressed_at: when the thread last began to wait or to compute, monotonic seconds.
     """
 
-    def __init__(self, name: str, half: FFNHalf, listener: Listener, *, end_at_failure: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        half: FFNHalf,
+        listener: Listener,
+        *,
+        kernels: Sequence[KernelFFN | None] = (),
+        end_at_failure: bool = False,
+    ) -> None:
         self.name = name
         self.failure = ""
         self.progressed_at = time.monotonic()
@@ -42,6 +53,7 @@ class FFNWorker:
         self._listener = listener
         self._stopping = threading.Event()
         self._waiting: list[IncomingCall] = []
+        self._kernels = kernels if any(kernels) else ()
 
     @torch.inference_mode()
     def serve(self) -> None:
@@ -58,6 +70,9 @@ class FFNWorker:
         A call that cannot be computed is answered with the reason. To be called in inference mode.
         """
         self.progressed_at = time.monotonic()
+        if self._kernels and not self._waiting and self._listener.serve_usual_calls(self._kernels, timeout_s):
+            self.progressed_at = time.monotonic()
+            timeout_s = 0.0
         # With calls in hand, only look at what came meanwhile; without, sleep until something comes.
         self._waiting += self._listener.wait(0.0 if self._waiting else timeout_s)
         if not self._waiting:

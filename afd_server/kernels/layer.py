@@ -78,7 +78,7 @@ class AttentionKernel:
         instruction_set: str | None = None,
     ) -> None:
         self._held = numbers, qkv, output, norms, head_norms, routing
-        self._top_k = routing.top_k if routing else 0
+        self.top_k = routing.top_k if routing else 0
         self._run = library(instruction_set).afd_attention_side
         query_norm, key_norm = head_norms or (None, None)
         router = None if routing is None else (routing.weight, routing.bias)
@@ -87,10 +87,10 @@ class AttentionKernel:
             _pointer(norms[0]), _pointer(norms[1]), _pointer(query_norm), _pointer(key_norm),
             _matrix(qkv), _matrix(output), _matrix(router), _pointer(correction),
             qkv[0].k, numbers.num_heads, numbers.num_kv_heads, numbers.head_dim,
-            routing.weight.n if routing else 0, self._top_k, bool(routing and routing.softmax),
+            routing.weight.n if routing else 0, self.top_k, bool(routing and routing.softmax),
             bool(routing and routing.renormalise), numbers.eps, numbers.scale, routing.scaling if routing else 1.0,
         )  # fmt: skip
-        self._address = ctypes.addressof(self._layer)
+        self.address = ctypes.addressof(self._layer)
 
     def __call__(
         self, x_TH: Tensor, answer_TH: Tensor | None, *, cos: Tensor, sin: Tensor, interleaved: bool, slots: Tensor,
@@ -105,13 +105,13 @@ class AttentionKernel:
         assert x_TH.is_contiguous() and (answer_TH is None or answer_TH.is_contiguous())
         normed_TH = torch.empty_like(x_TH)
         ids_TK = weights_TK = None
-        if self._top_k:
+        if self.top_k:
             ids_TK, weights_TK = (
-                torch.empty(rows, self._top_k, dtype=torch.int32),
-                torch.empty(rows, self._top_k),
+                torch.empty(rows, self.top_k, dtype=torch.int32),
+                torch.empty(rows, self.top_k),
             )
         self._run(
-            self._address, rows, x_TH.data_ptr(), _pointer(answer_TH), normed_TH.data_ptr(), _pointer(ids_TK),
+            self.address, rows, x_TH.data_ptr(), _pointer(answer_TH), normed_TH.data_ptr(), _pointer(ids_TK),
             _pointer(weights_TK), cos.data_ptr(), sin.data_ptr(), interleaved, slots.data_ptr(), len(lengths), row_starts.data_ptr(),
             lengths.data_ptr(), block_tables.data_ptr(), block_tables.shape[1], cache.data_ptr(),
             cache.dtype is torch.bfloat16, cache_layout(tuple(cache.shape), cache.stride()), torch.get_num_threads(),

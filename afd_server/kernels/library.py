@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from ctypes import c_double as DOUBLE
 from ctypes import c_float as FLOAT
 from ctypes import c_long as LONG
 from ctypes import c_void_p as POINTER
@@ -57,6 +58,11 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
         POINTER, LONG, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, LONG, POINTER, LONG, POINTER,
         POINTER, POINTER, LONG, POINTER, LONG, POINTER, LONG,
     ),
+    "afd_run_layers": (
+        POINTER, LONG, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, LONG, POINTER, LONG, POINTER, POINTER,
+        POINTER, LONG, LONG, POINTER, LONG,
+    ),
+    "afd_serve_calls": (POINTER, DOUBLE),
     "afd_rows_of_packed": (LONG, POINTER, POINTER, LONG, LONG, POINTER, LONG),
 }  # fmt: skip
 

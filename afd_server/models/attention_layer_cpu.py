@@ -20,12 +20,12 @@ from afd_server.models.router import ExpertRouter
 
 class KernelLayer:
     def __init__(self, kernel: AttentionKernel) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
 
     def forward(
         self, x_TH: Tensor, answer_TH: Tensor | None, batch: AttentionBatch, rope: RopeTable, cache: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self._kernel(
+        return self.kernel(
             x_TH, answer_TH, cos=rope.cos, sin=rope.sin, interleaved=rope.interleaved, slots=batch.slots,
             row_starts=batch.row_starts, lengths=batch.lengths, block_tables=batch.block_tables, cache=cache,
         )  # fmt: skip

@@ -15,11 +15,11 @@ class DenseFFN:
     """The bias of down belongs to one slice only, so that it is added once."""
 
     def __init__(self, mlp: GatedMLP) -> None:
-        self._mlp = mlp
+        self.mlp = mlp
 
     def tensors(self) -> list[Tensor]:
-        return self._mlp.tensors()
+        return self.mlp.tensors()
 
     def forward(self, x_TH: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, H] in x's dtype; out, of that dtype and device, is where it is written."""
-        return self._mlp.forward(x_TH, out)
+        return self.mlp.forward(x_TH, out)

@@ -23,19 +23,19 @@ class MoEFFN:
     def __init__(
         self, experts: Experts, held: range, *, shared: GatedMLP | None, router: ExpertRouter | None
     ) -> None:
-        self._experts = experts
+        self.experts = experts
         self._held = held
-        self._shared = shared
-        self._router = router
+        self.shared = shared
+        self.router = router
 
     def tensors(self) -> list[Tensor]:
-        parts = (self._experts, self._shared, self._router)
+        parts = (self.experts, self.shared, self.router)
         return [tensor for part in parts if part is not None for tensor in part.tensors()]
 
     def route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and weights, [T, K] each, by the shard's own router."""
-        assert self._router is not None, "calls must name their experts: the router is not on this side"
-        return self._router.forward(x_TH)
+        assert self.router is not None, "calls must name their experts: the router is not on this side"
+        return self.router.forward(x_TH)
 
     def forward(
         self, x_TH: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
@@ -44,9 +44,9 @@ class MoEFFN:
 
         The ids of other shards' experts are passed over, so rows may come that this shard does nothing for.
         """
-        y_TH = self._experts.forward(x_TH, topk_ids, topk_weights, out)
-        if self._shared is not None:
-            self._add_shared(y_TH, x_TH, topk_ids, self._shared)
+        y_TH = self.experts.forward(x_TH, topk_ids, topk_weights, out)
+        if self.shared is not None:
+            self._add_shared(y_TH, x_TH, topk_ids, self.shared)
         return y_TH
 
     def _add_shared(self, y_TH: Tensor, x_TH: Tensor, topk_ids: Tensor, shared: GatedMLP) -> None:

@@ -12,17 +12,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from afd_server.models.attention_layer import AttentionLayer
+from afd_server.models.attention_layer import AttentionLayer, AttentionSide
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.ffn_call import FFNCall
 from afd_server.models.ffn_dense import DenseFFN
 from afd_server.models.ffn_moe import MoEFFN
 from afd_server.models.operations import Embedding, Linear, Operations
-from afd_server.models.rope import Rope
+from afd_server.models.rope import Rope, RopeTable
 from afd_server.models.spec import ModelSpec
 from afd_server.types import ScheduledRequest
 
@@ -58,6 +59,16 @@ class FFNShard:
 def bounds(total: int, rank: int, size: int) -> tuple[int, int]:
     """Start and stop of part `rank` when `total` is cut into `size` contiguous parts, even or not."""
     return total * rank // size, total * (rank + 1) // size
+
+
+class Shortcut(Protocol):
+    """A faster way from the embedding through the layers, with their calls (attention/shortcut.py)."""
+
+    def __call__(
+        self, x_TH: Tensor, batch: AttentionBatch, rope: RopeTable, cache: Sequence[Tensor]
+    ) -> Tensor | FFNCall:
+        """Runs x through the layers in place. Gives the last layer's answer, which is not in x yet; or, where it came no
+        further, the call that is to be made next, before whose answer all is in x."""
 
 
 class AttentionHalf:
@@ -97,19 +108,34 @@ class AttentionHalf:
             tensors += layer.router.tensors() if layer.router is not None else []
         return _bytes_of(tensors)
 
-    def forward(self, batch: AttentionBatch, cache: Sequence[Tensor]) -> Generator[FFNCall, Tensor, Tensor]:
+    @property
+    def sides(self) -> Sequence[AttentionSide]:
+        """The layers' courses, in their order."""
+        return self._sides
+
+    def forward(
+        self, batch: AttentionBatch, cache: Sequence[Tensor], shortcut: Shortcut | None = None
+    ) -> Generator[FFNCall, Tensor, Tensor]:
         """One pass: yields a call per layer, is resumed with its answer [T, H] (any dtype), returns logits.
 
         cache: per layer [blocks, block_size, *cache_entry_shape]; the rows' entries are written into it. Returns
-        float32 [N, V], a row for every request that samples, in the batch's order.
+        float32 [N, V], a row for every request that samples, in the batch's order. shortcut: makes the first calls, or all,
+        by itself: they are not yielded.
         """
         x_TH = self._embedding.rows(batch.token_ids)
         rope = self._rope.table(batch.positions, x_TH.dtype)
         answer_TH: Tensor | None = None
-        for index, side in enumerate(self._sides):
-            call = FFNCall(index, *side.forward(x_TH, answer_TH, batch, rope, cache[index]))
-            answer_TH = yield call
-            answer_TH = answer_TH.to(device=x_TH.device, dtype=x_TH.dtype)
+        first = 0
+        if shortcut is not None:
+            reached = shortcut(x_TH, batch, rope, cache)
+            if isinstance(reached, FFNCall):
+                answer_TH = (yield reached).to(device=x_TH.device, dtype=x_TH.dtype)
+                first = reached.layer + 1
+            else:
+                answer_TH, first = reached, len(self._sides)
+        for index in range(first, len(self._sides)):
+            call = FFNCall(index, *self._sides[index].forward(x_TH, answer_TH, batch, rope, cache[index]))
+            answer_TH = (yield call).to(device=x_TH.device, dtype=x_TH.dtype)
         assert answer_TH is not None
         x_NH = x_TH[batch.sampled_rows] + answer_TH[batch.sampled_rows]
         normed_NH = self._operations.rms_norm(x_NH, self._final_norm, self.spec.rms_norm_eps)
@@ -130,6 +156,10 @@ class FFNHalf:
     def weight_bytes(self) -> int:
         """Bytes of all tensors held."""
         return _bytes_of(tensor for layer in self._layers for tensor in layer.tensors())
+
+    @property
+    def layers(self) -> Sequence[DenseFFN | MoEFFN]:
+        return self._layers
 
     def routed(self, call: FFNCall) -> FFNCall:
         """The call with its experts named: by this half's router where nobody did so yet, and then with x converted to

@@ -46,14 +46,14 @@ class PackedMLP:
 
     def __init__(self, weights: Mapping[str, Tensor], format: Format) -> None:
         gate_up = torch.cat([weights["gate"], weights["up"]])
-        self._experts = PackedExperts.pack([gate_up], [weights["down"]], format)
+        self.experts = PackedExperts.pack([gate_up], [weights["down"]], format)
 
     def forward(self, x_TH: Tensor, out: Tensor | None = None) -> Tensor:
         ids_T1, weights_T1 = _everyone(len(x_TH))
-        return run_experts(x_TH, self._experts, ids_T1, weights_T1, first_expert=0, num_experts=1, out=out)
+        return run_experts(x_TH, self.experts, ids_T1, weights_T1, first_expert=0, num_experts=1, out=out)
 
     def tensors(self) -> list[Tensor]:
-        return [self._experts.gate_up.memory, self._experts.down.memory]
+        return [self.experts.gate_up.memory, self.experts.down.memory]
 
 
 class BiasedMLP:
@@ -76,19 +76,19 @@ class BiasedMLP:
 
 class KernelExperts:
     def __init__(self, gate_up: Tensor, down: Tensor, first_expert: int, format: Format) -> None:
-        self._experts = PackedExperts.pack(list(gate_up), list(down), format)
-        self._first_expert, self._num_experts = first_expert, len(down)
+        self.experts = PackedExperts.pack(list(gate_up), list(down), format)
+        self.first_expert, self.num_experts = first_expert, len(down)
 
     def forward(
         self, x_TH: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
     ) -> Tensor:
         return run_experts(
-            x_TH, self._experts, topk_ids, topk_weights,
-            first_expert=self._first_expert, num_experts=self._num_experts, out=out,
+            x_TH, self.experts, topk_ids, topk_weights,
+            first_expert=self.first_expert, num_experts=self.num_experts, out=out,
         )  # fmt: skip
 
     def tensors(self) -> list[Tensor]:
-        return [self._experts.gate_up.memory, self._experts.down.memory]
+        return [self.experts.gate_up.memory, self.experts.down.memory]
 
 
 class CPUOperations:

@@ -12,6 +12,7 @@ Shapes: T rows of a micro-batch, H hidden size, K experts per token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +22,7 @@ from afd_server.errors import ConfigError
 if TYPE_CHECKING:  # an Endpoint travels to processes that have not imported torch yet
     from torch import Tensor
 
+    from afd_server.kernels.hop import CallPlace, KernelFFN
     from afd_server.models.ffn_call import FFNCall
 
 NUM_SLOTS = MAX_MICRO_BATCHES
@@ -119,6 +121,15 @@ class Link(ABC):
         ProtocolError, after which the link is closed, when it talks nonsense.
         """
 
+    def begin_run(self, tag: CallTag, rows: int) -> CallPlace | None:
+        """For calls that a kernel makes by itself, `rows` rows in each: the place of the micro-batch, where `tag` is the
+        first of them. None where that cannot be; else `end_run` follows, and nothing between."""
+        return None
+
+    def end_run(self, tag: CallTag, rows: int, num_sent: int, torn: bool) -> None:
+        """So many calls left, the last of them is `tag`; torn: in part only, which ends the link."""
+        raise NotImplementedError
+
     @abstractmethod
     def close(self) -> None:
         """Ends the connection; the worker forgets this link's calls. May be called twice."""
@@ -160,6 +171,13 @@ class Listener(ABC):
 
         Connects, drops and writes on the side. No peer, whatever it sends or does not, makes it raise or wait longer.
         """
+
+    def serve_usual_calls(self, layers: Sequence[KernelFFN | None], timeout_s: float) -> bool:
+        """Serves calls by kernels alone for a time; returns early for whatever `wait` is needed for. Whether it could.
+
+        layers: the same in every call; some are not None.
+        """
+        return False
 
     @abstractmethod
     def close(self) -> None:

@@ -110,6 +110,11 @@ class FrameReader:
         self._header: Header | None = None  # the one whose payload is being read
         self._unfilled: deque[memoryview] = deque()  # where the rest of that payload goes
 
+    @property
+    def has_part(self) -> bool:
+        """Whether part of a frame has been read."""
+        return bool(self._filled or self._unfilled)
+
     def read(self, payload_of: Callable[[Header], list[memoryview]]) -> list[Header]:
         """The frames that became complete, in order; [] when more bytes must come first. One system call if possible,
         and no more of them than a peer needs who never stops sending. Raises EOFError, OSError, FrameError.

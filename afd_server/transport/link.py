@@ -10,6 +10,7 @@ import socket
 import time
 
 from afd_server.errors import ProtocolError, WorkerDiedError, WorkerFailedError, WorkerTimeoutError
+from afd_server.kernels.hop import CallPlace
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import NUM_SLOTS, Answer, CallTag, Link
 from afd_server.transport.frames import MAX_MESSAGE_BYTES, FrameError, FrameReader, Header, Kind, Outbox
@@ -52,10 +53,7 @@ class SocketLink(Link):
         self._sequence += 1
         slots = self._slots
         slots.write_call(micro_batch, call)
-        header = Header(
-            Kind.CALL, tag, self._sequence, rows, routed, slots.shape.wire_dtype,
-            slots.layout.call_bytes(rows, routed),
-        )  # fmt: skip
+        header = self._call_header(tag, rows, routed, self._sequence)
         self._sent[micro_batch], self._arrived[micro_batch] = header, None
         pieces: list[bytes | memoryview] = [header.pack()]
         if self._payload_on_socket:
@@ -77,6 +75,29 @@ class SocketLink(Link):
             raise WorkerFailedError(self.worker, reason, layer=tag.layer, step=tag.step)
         y_TH = self._slots.answer(micro_batch, sent.rows)
         return Answer(y_TH, header.ffn_us, header.queue_us, header.batch_rows)
+
+    def begin_run(self, tag: CallTag, rows: int) -> CallPlace | None:
+        sock, slots = self._socket, self._slots
+        usual = slots.shape.wire_dtype == "float32" and not self._payload_on_socket
+        if not usual or sock is None or len(self._outbox) or self._reader.has_part:
+            return None
+        frame = self._call_header(tag, rows, False, self._sequence + 1).pack()
+        views, layout = slots.views(tag.micro_batch, rows), slots.layout
+        return CallPlace(sock.fileno(), frame, layout.call_bytes(1, False), layout.call_bytes(1, True), views.x,
+                         views.topk_ids, views.topk_weights, views.y)  # fmt: skip
+
+    def end_run(self, tag: CallTag, rows: int, num_sent: int, torn: bool) -> None:
+        self._sequence += num_sent
+        micro_batch = tag.micro_batch
+        self._sent[micro_batch] = self._call_header(tag, rows, False, self._sequence)
+        self._arrived[micro_batch] = None
+        if torn:
+            self.close()
+
+    def _call_header(self, tag: CallTag, rows: int, routed: bool, sequence: int) -> Header:
+        slots = self._slots
+        payload_bytes = slots.layout.call_bytes(rows, routed)
+        return Header(Kind.CALL, tag, sequence, rows, routed, slots.shape.wire_dtype, payload_bytes)
 
     def close(self) -> None:
         sock, self._socket = self._socket, None

@@ -13,9 +13,11 @@ import select
 import socket
 import sys
 import time
+from collections.abc import Sequence
 
-from afd_server.transport.base import Endpoint, IncomingCall, Listener
-from afd_server.transport.frames import FrameError
+from afd_server.kernels.hop import CallLoop, KernelFFN
+from afd_server.transport.base import NUM_SLOTS, CallTag, Endpoint, IncomingCall, Listener
+from afd_server.transport.frames import FrameError, Header, Kind
 from afd_server.transport.handshake import HANDSHAKE_TIMEOUT_S, MAX_CANDIDATES, HandshakeError, Hello
 from afd_server.transport.keepalive import notice_dead_host
 from afd_server.transport.server_side import Candidate, ServedCall, ServedLink
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 _BACKLOG = 128
 # How long nothing is accepted after no connection could be: the process has no descriptors left, say.
 _ACCEPT_PAUSE_S = 0.5
+# What all frames of a link in float32 begin with.
+_SAMPLE_FRAME = Header(Kind.CALL, CallTag(0, 0, 0, 0), 0, 1, False, "float32", 0).pack()
 
 
 class SocketListener(Listener):
@@ -51,6 +55,8 @@ class SocketListener(Listener):
         self._candidates: dict[socket.socket, Candidate] = {}  # in order of arrival
         self._links: dict[socket.socket, ServedLink] = {}
         self._closed = False
+        self._loop: CallLoop | None = None
+        self._loop_links: list[ServedLink] = []  # those that the loop knows
         unix_name = port = None
         if unix and sys.platform == "linux":
             unix_name = f"afd-{secrets.token_hex(16)}"
@@ -85,6 +91,26 @@ class SocketListener(Listener):
             if calls or time.monotonic() >= deadline:
                 # A call read first may have been sent again by what was read after it.
                 return [call for call in calls if call.wanted]
+
+    def serve_usual_calls(self, layers: Sequence[KernelFFN | None], timeout_s: float) -> bool:
+        links = [*self._links.values()]
+        if not links or self._candidates or not all(link.is_idle for link in links):
+            return False
+        if self._loop is None:
+            self._loop = CallLoop(layers, NUM_SLOTS, _SAMPLE_FRAME)
+        if self._loop_links != links:
+            self._loop_links = links
+            places = [link.place(self._loop.hidden_size) for link in links]
+            self._loop.use(self._epoll.fileno(), [place for place in places if place is not None])
+        unsent = self._loop.serve(timeout_s)
+        if unsent is not None:
+            descriptor, rest = unsent
+            sock = self._watched[descriptor]
+            try:
+                self._links[sock].send_rest(rest)
+            except OSError as error:
+                self._drop(sock, logging.INFO, f"the connection ended ({error})")
+        return True
 
     def close(self) -> None:
         if self._closed:

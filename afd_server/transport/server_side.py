@@ -6,6 +6,7 @@ connections there are.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import time
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from afd_server.errors import ConfigError, WorkerDiedError
+from afd_server.kernels.hop import LinkPlace
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import NUM_SLOTS, CallTag, IncomingCall
 from afd_server.transport.frames import MAX_MESSAGE_BYTES, FrameError, FrameReader, Header, Kind, Outbox
@@ -116,7 +118,7 @@ class ServedLink:
     ) -> None:
         self.replica = replica
         self.closed = False
-        self.latest = [0] * NUM_SLOTS  # sequence number of each micro-batch's last call
+        self.latest = (ctypes.c_uint64 * NUM_SLOTS)()  # sequence number of each micro-batch's last call
         self.watched_for_writes = False  # the listener's note
         self._socket = sock
         self._slots = slots
@@ -155,6 +157,28 @@ class ServedLink:
         elif self._payload_on_socket:
             pieces += self._slots.answer_buffers(header.tag.micro_batch, header.rows)
         if not self._outbox.send(pieces):
+            self._output_pending(self._socket)
+
+    def place(self, hidden_size: int) -> LinkPlace | None:
+        """Of its slots, for a kernel that serves calls by itself. None where that cannot be."""
+        slots, shape = self._slots, self._slots.shape
+        if self._payload_on_socket or shape.wire_dtype != "float32" or shape.hidden_size != hidden_size:
+            return None
+        layout, first = slots.layout, slots.views(0, 1)
+        return LinkPlace(
+            self._socket.fileno(), self.replica, shape.max_rows, shape.top_k, first.x.data_ptr(),
+            layout.call_slot_bytes + layout.answer_slot_bytes, layout.topk_ids.offset_bytes,
+            layout.topk_weights.offset_bytes, layout.call_slot_bytes, self.latest,
+        )  # fmt: skip
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no part of a call has been read and no part of an answer is left to send."""
+        return not (self._reader.has_part or self.has_output)
+
+    def send_rest(self, rest: bytes) -> None:
+        """Queues what is left of an answer whose beginning has left. Raises OSError when the peer is gone."""
+        if not self._outbox.send([rest]):
             self._output_pending(self._socket)
 
     @property

@@ -120,7 +120,7 @@ class Slots:
         (rows, hidden_size), shape = call.x.shape, self.shape
         assert 1 <= rows <= shape.max_rows, f"{rows} rows over a link for {shape.max_rows}"
         assert hidden_size == shape.hidden_size, f"hidden size {hidden_size}, not {shape.hidden_size}"
-        views = self._views.get((micro_batch, rows)) or self._view(micro_batch, rows)
+        views = self.views(micro_batch, rows)
         if views.scales is None:
             views.x.copy_(call.x)
         else:
@@ -135,7 +135,7 @@ class Slots:
 
     def read_call(self, micro_batch: int, layer: int, rows: int, routed: bool) -> FFNCall:
         """The call in the slot, as views where the encoding allows; fp8 is decoded to bfloat16."""
-        views = self._views.get((micro_batch, rows)) or self._view(micro_batch, rows)
+        views = self.views(micro_batch, rows)
         x_TH = views.x
         if views.scales is not None:
             x_TH = (x_TH.to(torch.float32) * views.scales).to(self.layout.answer_dtype)
@@ -145,7 +145,7 @@ class Slots:
 
     def answer(self, micro_batch: int, rows: int) -> Tensor:
         """The answer's place: [rows, H] in the answer's dtype."""
-        return (self._views.get((micro_batch, rows)) or self._view(micro_batch, rows)).y
+        return self.views(micro_batch, rows).y
 
     def call_buffers(self, micro_batch: int, rows: int, routed: bool) -> list[memoryview]:
         """The call's bytes as they travel on a socket, to send from or to receive into."""
@@ -154,6 +154,10 @@ class Slots:
 
     def answer_buffers(self, micro_batch: int, rows: int) -> list[memoryview]:
         return [self._buffer(self.layout.answer_start(micro_batch), self.layout.y, rows)]
+
+    def views(self, micro_batch: int, rows: int) -> SlotViews:
+        """The places of a call of so many rows and of its answer."""
+        return self._views.get((micro_batch, rows)) or self._view(micro_batch, rows)
 
     def _view(self, micro_batch: int, rows: int) -> SlotViews:
         # Kept, because making a view costs as much as a system call and all layers of a step ask for the same ones.

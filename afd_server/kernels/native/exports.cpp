@@ -2,6 +2,7 @@
 // instruction set that is used. Pointers are to contiguous memory unless a stride is given; nothing is kept after a call.
 
 #include "experts.h"
+#include "hop.h"
 #include "layer.h"
 
 using namespace afd;
@@ -103,6 +104,27 @@ void afd_attention_side(const GroupedQueryLayer* layer, long num_rows, float* x,
         attention_side(*layer, rows, static_cast<bfloat16*>(cache), entries, int(threads), linear);
     else
         attention_side(*layer, rows, static_cast<float*>(cache), entries, int(threads), linear);
+}
+
+// rows: as afd_attention_side takes them; `answer` is where the FFN side's answers lie.
+void afd_run_layers(Run* run, long num_rows, float* x, const float* answer, float* normed, int32_t* ids, float* weights,
+                    const float* cosines, const float* sines, long interleaved, const int64_t* slots, long num_requests,
+                    const int32_t* row_starts, const int32_t* lengths, const int32_t* tables, long max_blocks, long bfloat16_cache,
+                    const long* layout, long threads) {
+    run_layers(*run, num_rows, answer, run->layers[0]->hidden, [&](long layer, const float* answer_before) {
+        afd_attention_side(run->layers[layer], num_rows, x, answer_before, normed, ids, weights, cosines, sines, interleaved, slots,
+                           num_requests, row_starts, lengths, tables, max_blocks, run->caches[layer], bfloat16_cache, layout,
+                           threads);
+    });
+}
+
+void afd_serve_calls(Service* service, double until) {
+    serve_calls(*service, until,
+                [&](const FFNLayer& layer, const float* x, long rows, long top_k, const int32_t* ids, const float* weights,
+                    float* y) {
+                    afd_experts(layer.format, x, rows, service->hidden, layer.width, layer.gate_up, layer.down, ids, weights,
+                                top_k, layer.first_expert, layer.num_experts, y, service->threads);
+                });
 }
 
 void afd_rows_of_packed(long bfloat16_weights, const char* w, const int64_t* ids, long num_ids, long k, float* out,
