@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from afd_server.attention.dispatch import GroupLayout, Part, divide, summed
+from afd_server.attention.group_timing import GroupTiming
 from afd_server.errors import (
     WorkerDiedError,
     WorkerError,
@@ -46,34 +47,6 @@ Connector = Callable[[float], Link]  # timeout in seconds -> a fresh link; raise
 
 
 @dataclass(slots=True)
-class GroupTiming:
-    """What the answers of one step told, in seconds and rows."""
-
-    ffn_s: float = 0.0
-    wire_s: float = 0.0
-    ffn_rows: int = 0
-    num_hops: int = 0
-    num_resent: int = 0
-
-    def note(self, answers: Collection[Answer], round_trip_s: float, waited_s: float) -> None:
-        """A call was answered, by all shards that have a part in it."""
-        slowest = max(answers, key=_time_at_the_worker)
-        ffn_s, queue_s = slowest.ffn_us * 1e-6, slowest.queue_us * 1e-6
-        self.ffn_s += ffn_s
-        self.ffn_rows += slowest.batch_rows
-        self.num_hops += 1
-        # The round trip is the wire's only as far as this side stood waiting; else it includes other work done here.
-        self.wire_s += min(waited_s, max(0.0, round_trip_s - ffn_s - queue_s))
-
-    def note_run(self, run: LayerRun) -> None:
-        """So many calls were answered one after the other."""
-        self.ffn_s += run.ffn_s
-        self.wire_s += run.wire_s
-        self.ffn_rows += run.ffn_rows
-        self.num_hops += run.answered
-
-
-@dataclass(slots=True)
 class _Flight:
     """A call under way: its tag, its parts by shard, when it was to leave, and how long handing it over took.
 
@@ -97,10 +70,6 @@ class _Peer:
     link: Link | None = None
     calls: set[CallTag] = field(default_factory=set)  # sent over this link and not answered yet
     suspected_until: float = 0.0  # monotonic seconds; it has let a call time out
-
-
-def _time_at_the_worker(answer: Answer) -> int:
-    return answer.ffn_us + answer.queue_us
 
 
 class FFNGroup:
@@ -197,8 +166,7 @@ class FFNGroup:
         if run.answered:
             self.progressed_at = run.answered_at
         if run.late:
-            self._drop(index)
-            self._suspect(index)
+            self._drop(index, suspect=True)
             if not self._num_others(0, index):
                 raise WorkerTimeoutError(worker, f"no answer within {self._timeout_s:g} s",
                                          layer=tag.layer, step=tag.step)  # fmt: skip
@@ -214,9 +182,7 @@ class FFNGroup:
                     link = self._link(index, self._dial_timeout_s(shard, deadline))
                     link.send(flight.tag, flight.parts[shard].call)
                 except (WorkerDiedError, WorkerTimeoutError) as error:
-                    self._drop(index)
-                    if isinstance(error, WorkerTimeoutError):
-                        self._suspect(index)
+                    self._drop(index, suspect=isinstance(error, WorkerTimeoutError))
                     failure = failure or error
                     continue
                 self._peers[index].calls.add(flight.tag)
@@ -245,8 +211,7 @@ class FFNGroup:
             try:
                 answer = peer.link.receive(flight.tag, left_s / (1 + others))
             except WorkerTimeoutError:
-                self._drop(index)
-                self._suspect(index)
+                self._drop(index, suspect=True)
                 if not others:
                     raise
                 continue
@@ -256,8 +221,7 @@ class FFNGroup:
                     time.sleep(REDIAL_EVERY_S)
                 continue
             except WorkerFailedError as error:
-                self._drop(index)
-                self._suspect(index)
+                self._drop(index, suspect=True)
                 flight.failures.append(error)
                 if len(flight.failures) >= MAX_FAILURES:
                     raise flight.failures[0] from None
@@ -274,9 +238,6 @@ class FFNGroup:
     def _num_others(self, shard: int, index: int) -> int:
         """Replicas of the shard that may be asked instead of this one."""
         return sum([not self._is_suspected(other) for other in self._choices[shard] if other != index])
-
-    def _suspect(self, index: int) -> None:
-        self._peers[index].suspected_until = time.monotonic() + SUSPECT_FOR_S
 
     def _is_suspected(self, index: int) -> bool:
         return self._peers[index].suspected_until > time.monotonic()
@@ -402,8 +363,10 @@ class FFNGroup:
             peer.link = connector(max(0.001, timeout_s))
         return peer.link
 
-    def _drop(self, index: int) -> None:
+    def _drop(self, index: int, suspect: bool = False) -> None:
         peer = self._peers[index]
+        if suspect:
+            peer.suspected_until = time.monotonic() + SUSPECT_FOR_S
         link, peer.link = peer.link, None
         peer.calls.clear()
         if link is not None:

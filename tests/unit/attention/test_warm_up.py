@@ -10,7 +10,7 @@ from afd_server.types import StepOutput, StepTiming
 
 class Recording(AttentionWorker):
     def __init__(self):
-        half = SimpleNamespace(spec=SimpleNamespace(vocab_size=1000, eos_token_ids=(0,)))
+        half = SimpleNamespace(sides=[object()], spec=SimpleNamespace(vocab_size=1000, eos_token_ids=(0,)))
         super().__init__(half, [], None, block_size=16, device=torch.device("cpu"))
         self.plans = []
 
