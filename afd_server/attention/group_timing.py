@@ -34,7 +34,8 @@ class GroupTiming:
         self.wire_s += min(waited_s, max(0.0, round_trip_s - ffn_s - queue_s))
 
     def note_run(self, run: LayerRun) -> None:
-        """So many calls were answered one after the other."""
+        """So many calls were answered one after the other; one that was not is made again, the long way."""
+        self.num_resent += run.sent - run.answered
         self.ffn_s += run.ffn_s
         self.wire_s += run.wire_s
         self.ffn_rows += run.ffn_rows

@@ -82,7 +82,7 @@ class Machine:
         self.group.connect()
         shape = (NUM_BLOCKS, BLOCK_SIZE, *self.spec.attention.cache_entry_shape)
         self.cache = [torch.zeros(shape, dtype=dtype) for _ in range(self.spec.num_layers)]
-        self.sent = 0
+        self.sent = self.resent = 0
 
     def start_worker(self):
         listener = SocketListener("ffn-0", "here", SECRET)
@@ -105,6 +105,7 @@ class Machine:
         self.group.begin_step(index)
         batch = AttentionBatch.build(STEPS[index], BLOCK_SIZE, CPU)
         run = run_pipeline([self.attention.forward(batch, self.cache, shortcut)], self, self.spec.num_layers)
+        self.resent += self.group.timing.num_resent
         return run.results[0].clone()
 
     def steps(self, shortcut):
@@ -191,6 +192,7 @@ def test_a_call_that_fails_is_made_again_and_the_step_goes_on(directory):
         built.half.before = fail_once
         assert_equal(built, built.steps(built.shortcut()), expected)
         assert failed and built.sent >= 1
+        assert built.resent >= 1
 
 
 def test_a_worker_that_ends_in_the_middle_is_replaced_and_the_step_goes_on(directory):
