@@ -254,6 +254,8 @@ def section(report: dict[str, Any], turns: list[Turn], command: str) -> str:
     lines = [f"| {' | '.join(HEADS)} |", "|" + " --- |" * len(HEADS)]
     lines += [f"| {' | '.join(row(turn))} |" for turn in turns]
     table = "\n".join(lines)
+    of_peak = report["goodput_2x_of_peak_off"]
+    off = f"; with admission off it is {of_peak:.0%} of the same" if any(t.side == "off" for t in turns) else ""
     return f"""# Overload
 
 What `overload.py` measured last; its docstring says how, and what the words mean. Goals: {GOALS}.
@@ -264,10 +266,10 @@ What `overload.py` measured last; its docstring says how, and what the words mea
 
 {table}
 
-Goodput at 2x is {report["goodput_2x_of_peak"]:.0%} of the peak, which is {report["peak_per_s"]} requests/s; with admission off it is
-{report["goodput_2x_of_peak_off"]:.0%} of the same peak. Of all requests served under the promise {report["within_tpot"]:.2%} kept their TPOT, at 2x
-{report["within_tpot_2x"]:.2%}. The step-time model's median error over all real steps is {report["prediction_error"]:.1%}. Refused, by the
-server's own count: {", ".join(f"{count:g} {reason}" for reason, count in report["refusals"].items()) or "none"}.
+Goodput at 2x is {report["goodput_2x_of_peak"]:.0%} of the peak, which is {report["peak_per_s"]} requests/s{off}. Of all requests served under
+the promise {report["within_tpot"]:.2%} kept their TPOT, at 2x {report["within_tpot_2x"]:.2%}. The step-time model's median error over all
+real steps is {report["prediction_error"]:.1%}. Refused, by the server's own count, the measurement of the capacity included:
+{", ".join(f"{count:g} {reason}" for reason, count in report["refusals"].items()) or "none"}.
 """
 
 
