@@ -31,7 +31,7 @@ def let_others_go_first() -> None:
     this host, which need little of the processors but need it at once.
 
     Linux shares the processors between sessions first and only then between their processes (sched(7), autogroups). With
-    equal shares, a front-end has waited for up to 2 s beside busy workers. Niceness of processes does not count between sessions.
+    equal shares, a front-end has waited for more than a second beside busy workers. Niceness of processes does not count between sessions.
     """
     file = Path("/proc/self/autogroup")
     if not file.exists():  # another system, or a kernel without them
