@@ -189,16 +189,16 @@ class AttentionActor(WorkerActor):
         ffn: where they listen, by index; given_up: why some of them will not come back; version: of both. Raises StartError
         with the reason.
         """
-        loaded = self._load_once(partial(self._load, version, ffn))
+        with self._ffn_lock:  # before the imports, which take seconds: news of them come meanwhile
+            self._ffn, self._ffn_version = dict(ffn), version
+        loaded = self._load_once(partial(self._load, ffn))
         self._give_up(given_up)
         return loaded
 
-    def _load(self, version: int, ffn: Mapping[int, Endpoint]) -> Loaded:
+    def _load(self, ffn: Mapping[int, Endpoint]) -> Loaded:
         from afd_server.cluster.hosting import AttentionHost
 
         self.stop()
-        with self._ffn_lock:
-            self._ffn, self._ffn_version = dict(ffn), version
         host = AttentionHost(
             self._config,
             self._index,

@@ -46,6 +46,10 @@ EXPLAIN_AFTER_S = 2.0
 TELL_TIMEOUT_S = 10.0
 
 
+# See Supervisor.ffn_endpoints.
+FFNList = tuple[int, dict[int, Endpoint], dict[int, str]]
+
+
 class Processes(Protocol):
     """The actors' processes, as Ray has them."""
 
@@ -109,19 +113,12 @@ class Supervisor:
         if self._metrics is not None:
             self._metrics.forget(member.name)
 
-    def ffn_endpoints(self) -> tuple[int, dict[int, Endpoint], dict[int, str]]:
+    def ffn_endpoints(self) -> FFNList:
         """The version of what follows; where the FFN workers listen, or listened last, and why some of them are given up,
         each by index."""
         now, ffn = time.monotonic(), self.members("ffn")
-        return (
-            self._ffn_version,
-            {
-                each.index: each.endpoint
-                for each in ffn
-                if each.endpoint is not None and each.phase != "draining"
-            },
-            {member.index: member.problem(now) for member in ffn if member.given_up},
-        )
+        listening = {each.index: each.endpoint for each in ffn if each.endpoint and each.phase != "draining"}
+        return self._ffn_version, listening, {each.index: each.problem(now) for each in ffn if each.given_up}
 
     async def tell_ffn(self) -> None:
         """The list of FFN workers has changed: tells every attention worker, one that loads included: it may wait for them.
@@ -137,10 +134,17 @@ class Supervisor:
 
         It is to be a member, and up, before anything else is awaited: until then nobody tells it of FFN workers.
         """
-        version, endpoints, given_up = self.ffn_endpoints()
-        self._loading.add(member)  # it may wait for FFN workers that restart meanwhile
+        version = 0  # of the list that the process knows for certain
+
+        def list_of_ffn() -> FFNList:
+            nonlocal version
+            # From here on it hears of changes: it may wait for FFN workers that restart meanwhile.
+            self._loading.add(member)
+            version = self._ffn_version
+            return self.ffn_endpoints()
+
         try:
-            endpoint, info, _ = await load(member, self._config, version, endpoints, given_up)
+            endpoint, info, _ = await load(member, self._config, list_of_ffn)
         finally:
             self._loading.discard(member)
         member.serves_at(endpoint, info)

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -142,11 +143,14 @@ def loading_heartbeat_timeout_s(config: ServeConfig) -> float:
     return max(config.heartbeat_timeout, LOADING_HEARTBEAT_TIMEOUT_S)
 
 
-async def load(member: Member, config: ServeConfig, *arguments: Any) -> Loaded:
-    """The member's answer to `load`. Raises RayError, and WorkerFrozenError when its process stands still before or meanwhile."""
+async def load(member: Member, config: ServeConfig, arguments: Callable[[], tuple[Any, ...]] = tuple) -> Loaded:
+    """The member's answer to `load`. Raises RayError, and WorkerFrozenError when its process stands still before or meanwhile.
+
+    arguments: taken when the call is made. The process may first be waited for, and what was true before that may not be now.
+    """
     if await next_pulse(member, PROCESS_TIMEOUT_S) is None:
         raise WorkerFrozenError(member.name, f"no process within {PROCESS_TIMEOUT_S:g} s")
-    loading = asyncio.create_task(_load(member, *arguments))
+    loading = asyncio.create_task(_load(member, *arguments()))
     watching = asyncio.create_task(_silence(member, loading_heartbeat_timeout_s(config)))
     try:
         await asyncio.wait((loading, watching), return_when=asyncio.FIRST_COMPLETED)

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayActorError
 
+from afd_server.cluster import supervisor
 from afd_server.cluster.actors import Pulse
 from afd_server.cluster.restarts import Restarts
 from afd_server.cluster.supervisor import Supervisor
@@ -243,6 +244,23 @@ async def test_a_worker_that_loads_hears_of_ffn_workers_that_come_back():
         cluster.ffn[1].actor.die()
         await until(lambda: cluster.replaced)
         assert actor.told[0] == [0, 1]
+
+
+async def test_what_a_worker_is_loaded_with_is_true_when_it_is_sent(monkeypatch):
+    """Between the decision to load and the call the process may have to be waited for, for seconds."""
+    load = supervisor.load
+
+    async def load_late(member, *arguments):
+        if member is cluster.attention[0]:
+            cluster.ffn[1].actor.die()
+            await until(lambda: cluster.ffn[1].actor.loads and cluster.ffn[1].down_since is None)
+        return await load(member, *arguments)
+
+    monkeypatch.setattr(supervisor, "load", load_late)
+    async with supervised() as cluster:
+        cluster.attention[0].actor.die()
+        await until(lambda: cluster.replaced)
+        assert ports(cluster.attention[0].actor.loads[-1][1]) == [0, 1]
 
 
 async def test_an_attention_worker_that_does_not_listen_holds_nobody_up(monkeypatch):
