@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 DONE = b"data: [DONE]\n\n"
+# Characters that JSON lets stand, and at which clients cut lines that read them by str.splitlines (httpx does).
+LINE_ENDS = {end.encode(): f"\\u{ord(end):04x}".encode() for end in "\x85\u2028\u2029"}
 FAREWELL_TIMEOUT_S = 1.0
 
 
@@ -116,7 +118,11 @@ def _worth_sending(piece: Piece, body: GenerationFields) -> bool:
 
 
 def encoded(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+    """An event of one line, whatever its reader takes for the end of one."""
+    data = msgspec.json.encode(chunk)
+    for end, escaped in LINE_ENDS.items():
+        data = data.replace(end, escaped)
+    return b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):

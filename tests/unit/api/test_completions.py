@@ -1,4 +1,5 @@
 import asyncio
+import json
 
 import pytest
 
@@ -30,6 +31,13 @@ async def test_a_stream_holds_the_same_text_and_whole_characters():
     assert [chunk.choices[0].text for chunk in chunks] == ["🌍", " ", "w", "ö", "r", "l", "d", ""]
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 7 + ["stop"]
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_an_event_is_one_line_for_every_reader_of_lines():
+    text = "a\x85b\u2028c\u2029d\x0be"
+    response = await post(ScriptedService(says(text)), prompt="hi", stream=True)
+    data = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in data[:-1]) == text
 
 
 @pytest.mark.parametrize("continuous", [False, True])
