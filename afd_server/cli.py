@@ -7,16 +7,16 @@ not: anything that a command does. Each command imports its room only when it ru
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from afd_server import __version__
+from afd_server.command_line import USAGE_ERROR, Parser
 from afd_server.config import API_KEY_VARIABLE, ServeConfig, flag, settings_of
 from afd_server.errors import ConfigError, ServingError, StartError
 
@@ -38,30 +38,8 @@ HERE_CALLED = {
     "-dp": "--attention-workers",
     "--enable-expert-parallel": "--ffn-parallel ep --ffn-workers N",
 }
-USAGE_ERROR = 2
 MAX_LINE = 2000  # characters of a mistake's one line
 MAX_CONFIG_FILE_BYTES = 64 * 1024
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one clear line for a mistake, and a near name for a mistyped flag."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        kwargs["allow_abbrev"] = False
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"{self.prog}: {message}. See {self.prog} --help\n")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            mine = [name for action in self._actions for name in action.option_strings]
-            name = unknown[0].split("=")[0]
-            near = HERE_CALLED.get(name) or next(iter(difflib.get_close_matches(name, mine, n=1)), None)
-            self.error(f"unknown argument {unknown[0]!r}" + (f" (did you mean {near}?)" if near else ""))
-        return known
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +76,7 @@ def serve_parser() -> Parser:
         prog="afd serve",
         description="Serve MODEL to OpenAI clients, split between attention and FFN workers.\n"
         "Flags that vLLM has too carry vLLM's names.",
+        called_here=HERE_CALLED,
     )
     parser.add_argument(
         "model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL",

@@ -22,8 +22,8 @@ LEVELS = {
     4: {"engine", "attention", "ffn"},
     3: {"kvcache", "transport", "planner", "text", "checkpoints"},
     2: {"models"},
-    1: {"kernels", "pipeline", "telemetry"},
-    0: {"types", "config", "errors", "__init__"},
+    1: {"kernels", "pipeline", "telemetry", "traffic"},
+    0: {"types", "config", "errors", "command_line", "__init__"},
 }
 APART = {6, 4}
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
@@ -62,7 +62,7 @@ STREAMS = {
 
 # Decisions: their tests run in milliseconds. A folder stands for every module in it.
 TORCH_FREE = (
-    "types", "config", "errors", "pipeline", "engine.scheduler", "engine.micro_batches", "engine.step_time", "engine.pace", "kvcache.block_pool", "router",
+    "types", "config", "errors", "pipeline", "traffic", "engine.scheduler", "engine.micro_batches", "engine.step_time", "engine.pace", "kvcache.block_pool", "router",
     "models.spec", "models.families", "planner",
 )  # fmt: skip
 
