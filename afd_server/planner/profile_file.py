@@ -79,8 +79,12 @@ def read_profile(path: Path) -> Profile:
         _part(values, "wire", LinearTimes, path),
         _part(values, "overhead", LinearTimes, path),
     )
-    texts = (str(values.get(key, "unknown")) for key in ("model", "machine", "measured_at"))
-    return Profile(*texts, mean_error=_number(values.get("mean_error", 0.0), "mean_error", path), times=times)
+    model, machine, measured_at = (
+        str(values.get(key, "unknown")) for key in ("model", "machine", "measured_at")
+    )
+    return Profile(
+        model, machine, measured_at, _number(values.get("mean_error", 0.0), "mean_error", path), times
+    )
 
 
 def _part(values: Mapping[str, Any], name: str, kind: type[Part], path: Path) -> Part:
