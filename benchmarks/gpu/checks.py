@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from step3 import FFN_SEED, AttentionPart, FFNStep, KernelOperations, Shapes, decoding_batch, random_on
+from step3 import FFN_SEED, AttentionPart, FFNStep, Shapes, decoding_batch, random_on
 from torch import Tensor
 
 from afd_server.kernels.gpu.attention import paged_decode_attention, paged_decode_attention_reference
 from afd_server.kernels.gpu.experts import grouped_expert_ffn_reference
 from afd_server.kernels.gpu.rows import add_rms_norm, add_rms_norm_reference
 from afd_server.models.operations import TorchOperations
+from afd_server.models.operations_gpu import GPUOperations
 
 # Between two ways to compute in bfloat16, which has 8 bits, and in FP8 with both rounding at the same places.
 LIMIT = 1e-2
@@ -71,7 +72,7 @@ def check_attention(
 def check_ffn(shapes: Shapes, device: torch.device, *, fp8: bool) -> Check:
     step = FFNStep(shapes, random_on(device, FFN_SEED), fp8=fp8)
     step.answer.fill_(float("nan"))
-    expected = grouped_expert_ffn_reference(step.x, step.gate_up, step.down, *step.chosen())
+    expected = grouped_expert_ffn_reference(step.x, step.gate_up, step.down, step.topk_ids, step.topk_weights)
     return Check(f"FFN step, {'FP8' if fp8 else 'bfloat16'}", distance(step.forward(), expected))
 
 
@@ -79,7 +80,7 @@ def check_attention_part(shapes: Shapes, device: torch.device) -> Check:
     """The same weights and cache, once with the kernels and once with the operations that every model is tested with."""
     kernels, plain = (
         AttentionPart(shapes, shapes.contexts[0], random_on(device, 3), operations)
-        for operations in (KernelOperations(torch.bfloat16), TorchOperations(torch.bfloat16))
+        for operations in (GPUOperations(torch.bfloat16), TorchOperations(torch.bfloat16))
     )
     output, expected = kernels.forward()[0], plain.forward()[0]
     assert kernels.cache.equal(plain.cache) or distance(kernels.cache, plain.cache) < LIMIT

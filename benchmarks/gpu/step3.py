@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afd_server.kernels.gpu.attention import paged_decode_attention
 from afd_server.kernels.gpu.experts import ProductTile, grouped_expert_ffn
 from afd_server.kernels.gpu.fp8 import BlockScaledWeight
-from afd_server.kernels.gpu.rows import add_rms_norm
 from afd_server.models.attention_mfa import FactorizedAttention
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.operations import TorchOperations
@@ -65,20 +63,6 @@ def random_on(device: torch.device, seed: int = 0) -> Random:
         return tensor.normal_(std=scale, generator=generator)
 
     return normal
-
-
-class KernelOperations(TorchOperations):
-    """torch's operations, but for those that there are Triton kernels for. All rows are in decoding."""
-
-    def add_rms_norm(self, x_TH: Tensor, delta_TH: Tensor | None, weight_H: Tensor, eps: float) -> Tensor:
-        return add_rms_norm(x_TH, delta_TH, weight_H, eps)
-
-    def attend(
-        self, query_TNK: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, value_dim: int
-    ) -> Tensor:
-        return paged_decode_attention(
-            query_TNK, cache, batch.block_tables, batch.lengths, scale, value_dim=value_dim
-        )
 
 
 class AttentionPart:
@@ -150,26 +134,23 @@ class FFNStep:
         held = shapes.experts_held
         gate_up = random(held + 1, 2 * shapes.width, shapes.hidden, scale=shapes.hidden**-0.5)
         down = random(held + 1, shapes.hidden, shapes.width, scale=shapes.width**-0.5)
-        self.held = held
         self.gate_up = BlockScaledWeight.quantize(gate_up) if fp8 else gate_up
         self.down = BlockScaledWeight.quantize(down) if fp8 else down
         scores = torch.rand(shapes.tokens, shapes.num_experts, generator=torch.Generator().manual_seed(9))
         ids = scores.argsort(1)[:, : shapes.top_k].to(torch.int32)
         ids = ids[(ids < held).any(1)]
-        self.topk_ids = ids.to(gate_up.device)
-        self.topk_weights = random(*ids.shape, dtype=torch.float32).softmax(1)
+        weights = random(*ids.shape, dtype=torch.float32).softmax(1)
+        # The ids of experts held, with the shared one as the last; -1 for what others compute.
+        own = ids < held
+        shared = torch.where(own[:, :1], held, -1)
+        self.topk_ids = torch.cat((torch.where(own, ids, -1), shared), dim=1).to(torch.int32).to(gate_up.device)
+        self.topk_weights = torch.cat((weights, torch.ones_like(weights[:, :1])), dim=1)
         self.x = random(len(ids), shapes.hidden)
         self.answer = torch.empty(len(ids), shapes.hidden, device=self.x.device)
 
-    def chosen(self) -> tuple[Tensor, Tensor]:
-        """Ids and weights of the experts held, with the shared one as the last; -1 for what others compute."""
-        own = self.topk_ids < self.held
-        shared = torch.where(own[:, :1], self.held, -1)
-        ids = torch.cat((torch.where(own, self.topk_ids, -1), shared), dim=1).to(torch.int32)
-        return ids, torch.cat((self.topk_weights, torch.ones_like(self.topk_weights[:, :1])), dim=1)
-
     def forward(self, tiles: tuple[ProductTile, ProductTile] | None = None) -> Tensor:
-        return grouped_expert_ffn(self.x, self.gate_up, self.down, *self.chosen(), out=self.answer, tiles=tiles)
+        chosen = self.topk_ids, self.topk_weights
+        return grouped_expert_ffn(self.x, self.gate_up, self.down, *chosen, out=self.answer, tiles=tiles)
 
     def bytes_moved(self) -> int:
         """Of the weights alone: activations are a hundredth of them."""
@@ -182,6 +163,6 @@ class FFNStep:
 
     def operations(self) -> int:
         """Of the choices that are computed: 2 per multiply-add, three matrices."""
-        choices = int((self.chosen()[0] >= 0).sum())
+        choices = int((self.topk_ids >= 0).sum())
         values = self.down.values if isinstance(self.down, BlockScaledWeight) else self.down
         return choices * 2 * 3 * values.shape[1] * values.shape[2]

@@ -24,11 +24,12 @@ from typing import Any, TypeVar
 import torch
 from checks import LIMIT, run_checks
 from overlap import two_processes_s, two_streams_s
-from step3 import FFN_SEED, SMALL, STEP3, AttentionPart, FFNStep, KernelOperations, random_on
+from step3 import FFN_SEED, SMALL, STEP3, AttentionPart, FFNStep, random_on
 from timing import Limits, captured_s, measure_limits
 
 from afd_server.kernels.gpu.attention import AttentionTile, paged_decode_attention
 from afd_server.kernels.gpu.experts import ProductTile
+from afd_server.models.operations_gpu import GPUOperations
 
 PAPER_STAGE_US = 272
 Tile = TypeVar("Tile")
@@ -87,7 +88,7 @@ def time_attention(report: Report, device: torch.device) -> None:
 
     tiles = (None, AttentionTile(64, 64, 8, 3), AttentionTile(64, 32, 4, 3), AttentionTile(64, 32, 8, 3))
     for context in STEP3.contexts:
-        part = AttentionPart(STEP3, context, random_on(device), KernelOperations(torch.bfloat16))
+        part = AttentionPart(STEP3, context, random_on(device), GPUOperations(torch.bfloat16))
         query = random_on(device)(STEP3.requests, STEP3.num_heads, STEP3.head_dim)
 
         def attend(
@@ -122,7 +123,7 @@ def time_ffn(report: Report, device: torch.device) -> None:
 def time_both(device: torch.device) -> dict[str, Any]:
     """Two parts at once. A part of this that the machine does not allow is said, and leaves the rest."""
 
-    operations = KernelOperations(torch.bfloat16)
+    operations = GPUOperations(torch.bfloat16)
     attention = [AttentionPart(STEP3, STEP3.contexts[0], random_on(device), operations) for _ in range(2)]
     ffn = FFNStep(STEP3, random_on(device, FFN_SEED), fp8=False)
     results: dict[str, Any] = {"two_streams": two_streams_s(attention, ffn)}

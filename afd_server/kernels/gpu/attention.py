@@ -19,8 +19,6 @@ from afd_server.kernels.gpu.device import num_multiprocessors
 # Fewer entries than this are not worth a program of their own: writing and combining its part costs as much.
 _MIN_ENTRIES_PER_SPLIT = 256
 _MAX_SPLITS = 128
-# More programs than multiprocessors, so that requests of different lengths even out.
-_PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,30 +64,68 @@ def paged_decode_attention(
     if out is None:
         out = torch.empty(rows, num_heads, value_dim, dtype=query_TNK.dtype, device=query_TNK.device)
     assert out.shape == (rows, num_heads, value_dim) and out.stride(-1) == 1
-    tile = tile or choose_tile(num_heads // num_key_heads, key_dim, cache.dtype)
-    if splits is None:
-        programs = rows * num_key_heads * -(-(num_heads // num_key_heads) // tile.heads)
-        max_length = block_tables.shape[1] * cache.shape[1]
-        splits = choose_splits(programs, max_length, num_multiprocessors(query_TNK.device))
+    splits, tile = _cut(query_TNK, cache, block_tables, value_dim, splits, tile)
     if rows:
         attention_triton.launch(query_TNK, cache, block_tables, lengths, scale, value_dim, out, splits, tile)
     return out
 
 
-def choose_splits(programs: int, max_length: int, multiprocessors: int) -> int:
-    """Parts of every context, so that `programs` times as many keep the device busy; 1 where they do so alone."""
-    wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(programs, 1))
-    return max(1, min(wanted, max_length // _MIN_ENTRIES_PER_SPLIT, _MAX_SPLITS))
+def _cut(
+    query_TNK: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    value_dim: int,
+    splits: int | None,
+    tile: AttentionTile | None,
+) -> tuple[int, AttentionTile]:
+    """What is not given, chosen from the shapes alone, so that a CUDA graph may hold it."""
+    rows, num_heads, key_dim = query_TNK.shape
+    latent = cache.dim() == 3
+    num_key_heads = 1 if latent else cache.shape[3]
+    heads_per_key = num_heads // num_key_heads
+    if splits is None:
+        heads = tile.heads if tile else tile_heads(heads_per_key, cache.dtype)
+        programs = rows * num_key_heads * -(-heads_per_key // heads)
+        max_length = block_tables.shape[1] * cache.shape[1]
+        # A part is written and read in float32; so many entries of the cache are read in the time.
+        part_entries = heads_per_key * value_dim * 4 / ((1 if latent else 2) * key_dim * cache.element_size())
+        splits = choose_splits(programs, max_length, part_entries, num_multiprocessors(query_TNK.device))
+    return splits, tile or choose_tile(heads_per_key, key_dim, cache.dtype, splits)
 
 
-def choose_tile(heads_per_key: int, key_dim: int, dtype: torch.dtype) -> AttentionTile:
-    """So that two stages of keys and values fit the shared memory of a Hopper multiprocessor beside the query, and no
-    register spills (benchmarks/gpu/resources.py). float32, which tensor cores do not multiply, is for tests."""
+def choose_splits(programs: int, max_length: int, part_entries: float, multiprocessors: int) -> int:
+    """Parts of every context, so that `programs` times as many keep the device busy; 1 where they do so alone.
+
+    The device is done when its fullest multiprocessor is, and a part costs the time of part_entries. Fewer parts
+    are taken where more would hardly be faster.
+    """
+
+    def cost(splits: int) -> float:
+        fullest = -(-programs * splits // multiprocessors)
+        return fullest * (max_length / splits + (part_entries if splits > 1 else 0))
+
+    most = max(1, min(max_length // _MIN_ENTRIES_PER_SPLIT, _MAX_SPLITS))
+    enough = 1.05 * min(map(cost, range(1, most + 1)))
+    return next(splits for splits in range(1, most + 1) if cost(splits) <= enough)
+
+
+def tile_heads(heads_per_key: int, dtype: torch.dtype) -> int:
+    """Query heads of one key head that a program holds. float32, which tensor cores do not multiply, is for tests."""
+    return 16 if dtype is torch.float32 else min(64, max(16, 1 << (heads_per_key - 1).bit_length()))
+
+
+def choose_tile(heads_per_key: int, key_dim: int, dtype: torch.dtype, splits: int) -> AttentionTile:
+    """So that the stages of keys and values fit the shared memory of a Hopper multiprocessor beside the query, and no
+    register spills (benchmarks/gpu/resources.py); the fastest of those tried on an H100."""
+    heads = tile_heads(heads_per_key, dtype)
     if dtype is torch.float32:
-        return AttentionTile(heads=16, entries=16, num_warps=4, num_stages=2)
-    heads = min(64, max(16, 1 << (heads_per_key - 1).bit_length()))
-    num_warps = 8 if heads > 16 and key_dim > 128 else 4
-    return AttentionTile(heads, 64 if key_dim <= 256 else 32, num_warps, num_stages=2)
+        return AttentionTile(heads, entries=16, num_warps=4, num_stages=2)
+    if key_dim > 256:
+        return AttentionTile(heads, entries=32, num_warps=8 if heads > 16 else 4, num_stages=2)
+    if key_dim > 128:
+        entries, num_stages = (64, 3) if splits == 1 else (32, 4)
+        return AttentionTile(heads, entries, num_warps=4, num_stages=num_stages)
+    return AttentionTile(heads, entries=64, num_warps=4, num_stages=2)
 
 
 def paged_decode_attention_reference(

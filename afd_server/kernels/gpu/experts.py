@@ -89,12 +89,12 @@ def choose_tiles(rows_per_expert: float, dtype: torch.dtype) -> tuple[ProductTil
         rows *= 2
     if dtype is torch.float8_e4m3fn:
         num_warps = 8 if rows > 16 else 4
-        return ProductTile(rows, 128, 128, num_warps, 4), ProductTile(rows, 128, 128, num_warps, 4, programs=2)
+        return ProductTile(rows, 128, 128, num_warps, 4), ProductTile(rows, 128, 128, 4, 4, programs=2)
     if dtype is torch.float32:  # which tensor cores do not multiply: for tests
         return ProductTile(rows, 32, 32, 4, 2), ProductTile(rows, 32, 32, 4, 2)
     if rows < 64:  # few rows of activations beside each weight: deeper tiles, so that as much is on its way
         return ProductTile(rows, 64, 128, 4, 3, programs=2), ProductTile(rows, 128, 128, 4, 3, programs=2)
-    return ProductTile(rows, 64, 64, 4, 4, programs=2), ProductTile(rows, 128, 64, 4, 3, programs=2)
+    return ProductTile(rows, 128, 64, 4, 5), ProductTile(rows, 128, 64, 4, 4, programs=2)
 
 
 def _values(weight: Weight) -> Tensor:

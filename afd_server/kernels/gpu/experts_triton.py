@@ -171,21 +171,30 @@ def _gate_up(
             weights + expert.to(tl.int64) * 2 * WIDTH * HIDDEN + column[:, None] * HIDDEN + depth[None, :]
         )
         gates, ups = tl.full([ROWS, COLUMNS], 0.0, tl.float32), tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+        # The tile lies in one block of each of the two weights, and DEPTH is a block's. A step's scales are loaded during
+        # the one before: nothing of the next product would be under way while they came.
+        own_scales = x_scales + row * (HIDDEN // BLOCK)
+        gate_scales = weight_scales + ((expert * 2 * WIDTH + column_tile * COLUMNS) // BLOCK) * (
+            HIDDEN // BLOCK
+        )
+        up_scales = gate_scales + (WIDTH // BLOCK) * (HIDDEN // BLOCK)
+        if SCALED:
+            scale = tl.load(own_scales, mask=own, other=0.0)
+            gate_scale, up_scale = tl.load(gate_scales), tl.load(up_scales)
         for first in range(0, HIDDEN, DEPTH):
             inside = first + depth < HIDDEN
             x_part = tl.load(x_tile + first, mask=own[:, None] & inside[None, :], other=0.0)
             weight_mask = (column < WIDTH)[:, None] & inside[None, :]
             gate = tl.load(gate_tile + first, mask=weight_mask, other=0.0)
             up = tl.load(gate_tile + WIDTH * HIDDEN + first, mask=weight_mask, other=0.0)
-            if SCALED:  # the tile lies in one block of each of the two, and DEPTH is a block's
-                at = ((expert * 2 * WIDTH + column_tile * COLUMNS) // BLOCK) * (
-                    HIDDEN // BLOCK
-                ) + first // BLOCK
-                gate_scale = tl.load(weight_scales + at)
-                up_scale = tl.load(weight_scales + at + (WIDTH // BLOCK) * (HIDDEN // BLOCK))
-                scale = tl.load(x_scales + row * (HIDDEN // BLOCK) + first // BLOCK, mask=own, other=0.0)
+            if SCALED:
+                step, more = first // BLOCK + 1, first + DEPTH < HIDDEN
+                next_scale = tl.load(own_scales + step, mask=own & more, other=0.0)
+                next_gate_scale = tl.load(gate_scales + step, mask=more, other=0.0)
+                next_up_scale = tl.load(up_scales + step, mask=more, other=0.0)
                 gates += tl.dot(x_part, tl.trans(gate)) * (scale * gate_scale)[:, None]
                 ups += tl.dot(x_part, tl.trans(up)) * (scale * up_scale)[:, None]
+                scale, gate_scale, up_scale = next_scale, next_gate_scale, next_up_scale
             else:
                 gates = product(x_part, tl.trans(gate), gates, PRECISION, INTERPRETED)
                 ups = product(x_part, tl.trans(up), ups, PRECISION, INTERPRETED)
@@ -224,15 +233,21 @@ def _down(
         inner_tile = inner + place[:, None] * WIDTH + depth[None, :]
         weight_tile = weights + expert.to(tl.int64) * HIDDEN * WIDTH + column[:, None] * WIDTH + depth[None, :]
         sums = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+        own_scales = inner_scales + place * (WIDTH // BLOCK)
+        block_scales = weight_scales + ((expert * HIDDEN + column_tile * COLUMNS) // BLOCK) * (WIDTH // BLOCK)
+        if SCALED:
+            scale, block_scale = tl.load(own_scales, mask=own, other=0.0), tl.load(block_scales)
         for first in range(0, WIDTH, DEPTH):
             inside = first + depth < WIDTH
             part = tl.load(inner_tile + first, mask=own[:, None] & inside[None, :], other=0.0)
             weight_mask = (column < HIDDEN)[:, None] & inside[None, :]
             weight = tl.load(weight_tile + first, mask=weight_mask, other=0.0)
             if SCALED:
-                at = ((expert * HIDDEN + column_tile * COLUMNS) // BLOCK) * (WIDTH // BLOCK) + first // BLOCK
-                scale = tl.load(inner_scales + place * (WIDTH // BLOCK) + first // BLOCK, mask=own, other=0.0)
-                sums += tl.dot(part, tl.trans(weight)) * (scale * tl.load(weight_scales + at))[:, None]
+                step, more = first // BLOCK + 1, first + DEPTH < WIDTH
+                next_scale = tl.load(own_scales + step, mask=own & more, other=0.0)
+                next_block_scale = tl.load(block_scales + step, mask=more, other=0.0)
+                sums += tl.dot(part, tl.trans(weight)) * (scale * block_scale)[:, None]
+                scale, block_scale = next_scale, next_block_scale
             else:
                 sums = product(part, tl.trans(weight), sums, PRECISION, INTERPRETED)
         choice = tl.load(choices + place, mask=own, other=0).to(tl.int64)

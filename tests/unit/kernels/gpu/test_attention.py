@@ -137,7 +137,12 @@ def test_it_equals_the_attention_of_the_models(random):
 
 
 def test_contexts_are_split_only_where_the_device_would_idle():
-    assert choose_splits(programs=1000, max_length=8192, multiprocessors=132) == 1
-    assert choose_splits(programs=128, max_length=8192, multiprocessors=132) == 3
-    assert choose_splits(programs=1, max_length=65536, multiprocessors=132) == 128
-    assert choose_splits(programs=1, max_length=100, multiprocessors=132) == 1
+    device = {"part_entries": 64, "multiprocessors": 132}
+    assert choose_splits(programs=1000, max_length=8192, **device) == 1
+    assert choose_splits(programs=128, max_length=8192, **device) == 1  # hardly any multiprocessor is idle
+    assert (
+        choose_splits(programs=200, max_length=8192, **device) == 3
+    )  # 600 of 660 places, where 1 would fill 200 of 264
+    assert choose_splits(programs=16, max_length=8192, **device) == 8
+    assert choose_splits(programs=1, max_length=65536, **device) == 122
+    assert choose_splits(programs=1, max_length=100, **device) == 1
