@@ -142,6 +142,7 @@ CASES: dict[str, Callable[[], None]] = {
     "Qwen3-MoE attention, 64 requests": lambda: attend(64, 64, (2, 4, 128)),
     "SmolLM2 attention, 64 requests": lambda: attend(64, 9, (2, 3, 64)),
     "Step-3 experts bfloat16, 2048 rows": lambda: mix(2048, 3, 3, 7168, 5120),
+    "Step-3 experts bfloat16, 250 rows": lambda: mix(250, 3, 3, 7168, 5120),
     "Step-3 experts bfloat16, 24 rows": lambda: mix(24, 3, 3, 7168, 5120),
     "Step-3 experts bfloat16, 4 rows": lambda: mix(4, 3, 3, 7168, 5120),
     "Step-3 experts FP8, 2048 rows": lambda: mix(2048, 3, 3, 7168, 5120, FP8),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 WARM_UPS, REPLAYS = 3, 20
+WARM_UP_S = 0.05  # of replays before the first that counts: an idle device's clocks need it
 SWEEP_BYTES = 1 << 31  # far beyond any cache
 GEMM_SIZE = 8192
 
@@ -44,8 +46,10 @@ def capture(call: Callable[[], object], stream: torch.cuda.Stream | None = None)
 
 def replay_s(graph: torch.cuda.CUDAGraph) -> float:
     """Seconds on the device of one replay, the median of some."""
-    for _ in range(WARM_UPS):
+    warm_at = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < warm_at:
         graph.replay()
+        torch.cuda.synchronize()
     times_ms = []
     for _ in range(REPLAYS):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

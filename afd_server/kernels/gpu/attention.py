@@ -121,11 +121,15 @@ def choose_tile(heads_per_key: int, key_dim: int, dtype: torch.dtype, splits: in
     if dtype is torch.float32:
         return AttentionTile(heads, entries=16, num_warps=4, num_stages=2)
     if key_dim > 256:
-        return AttentionTile(heads, entries=32, num_warps=8 if heads > 16 else 4, num_stages=2)
+        return (
+            AttentionTile(heads, entries=32, num_warps=8, num_stages=3)
+            if heads > 16
+            else AttentionTile(heads, 32, 4, 2)
+        )
     if key_dim > 128:
         entries, num_stages = (64, 3) if splits == 1 else (32, 4)
         return AttentionTile(heads, entries, num_warps=4, num_stages=num_stages)
-    return AttentionTile(heads, entries=64, num_warps=4, num_stages=2)
+    return AttentionTile(heads, entries=64, num_warps=4, num_stages=4)
 
 
 def paged_decode_attention_reference(

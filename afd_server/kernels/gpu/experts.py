@@ -82,7 +82,8 @@ def grouped_expert_ffn(
 def choose_tiles(rows_per_expert: float, dtype: torch.dtype) -> tuple[ProductTile, ProductTile]:
     """For about so many rows of an expert, at most: a shard of many sees fewer of a call's choices.
 
-    As many programs on a multiprocessor as its shared memory holds, and no register spilled (benchmarks/gpu/resources.py).
+    As many programs on a multiprocessor as its shared memory holds, no register spilled (benchmarks/gpu/resources.py), and
+    the fastest of those tried on an H100.
     """
     rows = 16
     while rows < min(rows_per_expert, 64):
@@ -94,6 +95,8 @@ def choose_tiles(rows_per_expert: float, dtype: torch.dtype) -> tuple[ProductTil
         return ProductTile(rows, 32, 32, 4, 2), ProductTile(rows, 32, 32, 4, 2)
     if rows < 64:  # few rows of activations beside each weight: deeper tiles, so that as much is on its way
         return ProductTile(rows, 64, 128, 4, 3, programs=2), ProductTile(rows, 128, 128, 4, 3, programs=2)
+    if rows_per_expert > 256:
+        return ProductTile(128, 128, 64, 8, 3), ProductTile(128, 128, 64, 8, 4)
     return ProductTile(rows, 128, 64, 4, 5), ProductTile(rows, 128, 64, 4, 4, programs=2)
 
 

@@ -156,6 +156,7 @@ def _gate_up(
 ):  # fmt: skip
     """inner[c] = silu(gate x[row of c]) * up x[row of c], for the sorted choices c."""
     column_tiles: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    blocks: tl.constexpr = HIDDEN // BLOCK
     num_work = tl.load(tile_starts + EXPERTS) * column_tiles
     for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
         expert, column_tile, row_start, row_stop = _work_item(
@@ -173,11 +174,9 @@ def _gate_up(
         gates, ups = tl.full([ROWS, COLUMNS], 0.0, tl.float32), tl.full([ROWS, COLUMNS], 0.0, tl.float32)
         # The tile lies in one block of each of the two weights, and DEPTH is a block's. A step's scales are loaded during
         # the one before: nothing of the next product would be under way while they came.
-        own_scales = x_scales + row * (HIDDEN // BLOCK)
-        gate_scales = weight_scales + ((expert * 2 * WIDTH + column_tile * COLUMNS) // BLOCK) * (
-            HIDDEN // BLOCK
-        )
-        up_scales = gate_scales + (WIDTH // BLOCK) * (HIDDEN // BLOCK)
+        own_scales = x_scales + row * blocks
+        gate_scales = weight_scales + (expert * 2 * WIDTH + column_tile * COLUMNS) // BLOCK * blocks
+        up_scales = gate_scales + WIDTH // BLOCK * blocks
         if SCALED:
             scale = tl.load(own_scales, mask=own, other=0.0)
             gate_scale, up_scale = tl.load(gate_scales), tl.load(up_scales)
