@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from load import WORDS
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from afd_server.bench.dataset import WORDS
 from afd_server.checkpoints.default_model import afd_home, default_model, default_moe
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -135,7 +135,7 @@ def write_weights(shape: Shape, directory: Path, seed: int) -> int:
 
 
 def vocabulary(size: int) -> list[str]:
-    """Every byte, load.py's words with and without the space before them, and made-up words up to size.
+    """Every byte, the words of `afd bench`'s prompts with and without the space before them, and made-up words up to size.
 
     One word of a prompt is so one token, and every id that a random model picks has text of its own.
     """

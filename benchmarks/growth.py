@@ -22,7 +22,6 @@ lie far apart, others used the machine, and the points are worth little. The las
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import importlib.util
 import json
@@ -34,10 +33,10 @@ from pathlib import Path
 
 import torch
 from checkpoints import SHAPES, Shape, config, write_tokenizer, write_weights
-from load import Load, commit, measure
+from load import Load, measure
 from machine import fastest_s, flop_per_s, read_bytes_per_s
 from plots.draw import Curve, Plot, draw, table
-from results import machine
+from results import commit, machine
 from roofline import Limits, step_s
 from servers import running, server
 
@@ -282,8 +281,8 @@ def replicas(sizes: Sizes) -> Plot:
         for count in sizes.replicas:
             with running(server("afd", f"--attention-workers {count}"), model, "float32") as (url, _):
                 clients = REPLICA_CLIENTS * count
-                asyncio.run(measure(url, None, clients, replace(load, output_tokens=8, seed=load.seed + 1)))
-                tpot_ms = asyncio.run(measure(url, None, clients, load)).tpot_p50_ms
+                measure(url, None, clients, replace(load, output_tokens=8, seed=load.seed + 1))
+                tpot_ms = measure(url, None, clients, load).tpot_p50_ms
             curve.xs.append(count)
             curve.measured_s.append(tpot_ms / 1e3)
             seen.append(measured_limits())

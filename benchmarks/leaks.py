@@ -34,10 +34,11 @@ from pathlib import Path
 
 import httpx
 import psutil
-from load import WORDS, commit
 from memory import status
-from results import machine
+from results import commit, machine
 from servers import family, running, server
+
+from afd_server.bench.dataset import WORDS
 
 REST_TIMEOUT_S = 60.0
 OWN = ("afd serve", "ray::AttentionActor", "ray::FFNActor")

@@ -21,7 +21,6 @@ All in megabytes of 10^6 bytes. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import os
@@ -35,8 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from load import Load, Result, commit, measure
-from results import machine
+from load import Load, Result, measure
+from results import commit, machine
 from servers import running, server
 
 from afd_server.config import ServeConfig
@@ -225,7 +224,7 @@ def measured(model: Path, flags: str, concurrency: int, load: Load) -> list[Role
     watch.start()
     try:
         with running(server("afd", flags), model, "float32") as (url, process):
-            result = asyncio.run(measure(url, None, concurrency, load))
+            result = measure(url, None, concurrency, load)
             weights = weight_bytes(process, set(watch.workers))
             return roles(watch, weights, kv_bytes(read_model_spec(model), result), baseline)
     finally:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import re
@@ -29,19 +30,28 @@ import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-from load import Load, RefusedError, Sample, commit, make_prompt, one_request, percentile, warm_up
-from results import machine
+from load import Load, check, client_of, percentile, warm_up
+from results import commit, machine
 from servers import running, server
+
+from afd_server.bench.client import Client
+from afd_server.bench.dataset import Prompt, words
+from afd_server.bench.generator import Limits, run
+from afd_server.bench.outcome import Outcome
+from afd_server.bench.statistics import keeps
+from afd_server.traffic import arrival_times
 
 HERE = Path(__file__).parent
 # Words of a prompt and tokens of an output: drawn evenly, from the least to the most.
 PROMPT_WORDS, OUTPUT_TOKENS = (16, 112), (24, 72)
 SETTLING_SHARE = 0.25
+TIMEOUT_S = 120.0
 LONGEST_PAUSE_S = 2.0  # of a client that was told to come back later, while the capacity is measured
 GOALS = "goodput at 2x at least 90 % of the peak, TPOT promise kept for 99 % of the admitted"
 
@@ -51,58 +61,19 @@ class Promise:
     tpot_ms: float
     ttft_ms: float
 
-    def is_kept(self, sample: Sample) -> bool:
-        return sample.tpot_s * 1e3 <= self.tpot_ms and sample.ttft_s * 1e3 <= self.ttft_ms
+    def is_kept(self, outcome: Outcome) -> bool:
+        return keeps(outcome, {"tpot": self.tpot_ms, "ttft": self.ttft_ms})
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """One request: when it comes, seconds from the start, and what it asks for."""
-
-    at_s: float
-    prompt: str
-    output_tokens: int
+def random_prompt(generator: random.Random) -> Prompt:
+    return Prompt(words(generator.randint(*PROMPT_WORDS), generator), generator.randint(*OUTPUT_TOKENS))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a request ended, and when. sample: its times if it was served. refusal: "429", else the error's words."""
-
-    end_s: float
-    sample: Sample | None = None
-    refusal: str = ""
-
-
-def arrivals(rate: float, seconds: float, seed: str) -> list[Arrival]:
+def arrivals(rate: float, seconds: float, seed: str) -> list[tuple[float, Prompt]]:
     """Poisson arrivals; the same seed gives the same requests."""
     generator = random.Random(seed)
-    found, now = [], generator.expovariate(rate)
-    while now < seconds:
-        words, tokens = generator.randint(*PROMPT_WORDS), generator.randint(*OUTPUT_TOKENS)
-        found.append(Arrival(now, make_prompt(generator, words), tokens))
-        now += generator.expovariate(rate)
-    return found
-
-
-async def ask(client: httpx.AsyncClient, model: str, arrival: Arrival, began: float) -> Outcome:
-    """One request to its end, whatever that is."""
-    sample, refusal = None, ""
-    try:
-        sample = await one_request(
-            client, model, arrival.prompt, Load(output_tokens=arrival.output_tokens, timeout_s=120.0)
-        )
-    except RefusedError as error:
-        refusal = str(error.status)
-    except (RuntimeError, httpx.HTTPError) as error:
-        refusal = f"{type(error).__name__}: {error}"
-    return Outcome(time.perf_counter() - began, sample, refusal)
-
-
-@contextlib.asynccontextmanager
-async def client_of(url: str) -> Any:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits) as client:
-        yield client, (await client.get("/v1/models")).json()["data"][0]["id"]
+    times = itertools.takewhile(lambda at_s: at_s < seconds, arrival_times(rate, 1.0, generator))
+    return [(at_s, random_prompt(generator)) for at_s in times]
 
 
 async def capacity(url: str, clients: int, seconds: float, promise: Promise) -> float:
@@ -110,38 +81,25 @@ async def capacity(url: str, clients: int, seconds: float, promise: Promise) -> 
     ends: list[float] = []
     generator = random.Random()
 
-    async def one_client(client: httpx.AsyncClient, model: str, began: float) -> None:
-        while time.perf_counter() - began < seconds:
-            words, tokens = generator.randint(*PROMPT_WORDS), generator.randint(*OUTPUT_TOKENS)
-            arrival = Arrival(0.0, make_prompt(generator, words), tokens)
-            outcome = await ask(client, model, arrival, began)
-            if outcome.sample is None:
+    async def one_client(client: Client, clock: Callable[[], float]) -> None:
+        while clock() < seconds:
+            outcome = await client.send(random_prompt(generator), clock(), clock)
+            if not outcome.is_complete:
                 await asyncio.sleep(LONGEST_PAUSE_S * generator.random())
-            elif promise.is_kept(outcome.sample):
+            elif promise.is_kept(outcome):
                 ends.append(outcome.end_s)
 
-    async with client_of(url) as (client, model):
+    async with client_of(url, timeout_s=TIMEOUT_S) as client:
         began = time.perf_counter()
-        await asyncio.gather(*(one_client(client, model, began) for _ in range(clients)))
+        await asyncio.gather(*(one_client(client, lambda: time.perf_counter() - began) for _ in range(clients)))
     settled_s = SETTLING_SHARE * seconds
     return sum(settled_s <= end_s < seconds for end_s in ends) / (seconds - settled_s)
 
 
-async def offer(url: str, requests: list[Arrival], patience_s: float) -> list[Outcome]:
+async def offer(url: str, requests: list[tuple[float, Prompt]], patience_s: float) -> list[Outcome]:
     """Every request at its time. Those that have not ended patience_s after the last came are given up."""
-    async with client_of(url) as (client, model):
-        began = time.perf_counter()
-
-        async def one(arrival: Arrival) -> Outcome:
-            await asyncio.sleep(max(0.0, began + arrival.at_s - time.perf_counter()))
-            try:
-                async with asyncio.timeout_at(deadline):
-                    return await ask(client, model, arrival, began)
-            except TimeoutError:
-                return Outcome(time.perf_counter() - began, refusal="unfinished")
-
-        deadline = asyncio.get_running_loop().time() + requests[-1].at_s + patience_s
-        return list(await asyncio.gather(*map(one, requests)))
+    async with client_of(url, timeout_s=TIMEOUT_S) as client:
+        return list((await run(client, requests, Limits(patience_s=patience_s))).outcomes)
 
 
 async def wait_until_idle(url: str) -> None:
@@ -203,24 +161,22 @@ class Turn:
 
 def summed_up(side: str, share: float, seconds: float, promise: Promise, rounds: list[list[Outcome]]) -> Turn:
     outcomes = [outcome for turn in rounds for outcome in turn]
-    samples = [outcome.sample for outcome in outcomes if outcome.sample is not None]
+    served = [outcome for outcome in outcomes if outcome.is_complete]
     settled_s = SETTLING_SHARE * seconds
     counted_s = seconds - settled_s
     good = [
         [
-            outcome.sample.tokens
+            outcome.output_tokens
             for outcome in turn
-            if outcome.sample is not None
-            and promise.is_kept(outcome.sample)
-            and settled_s <= outcome.end_s < seconds
+            if promise.is_kept(outcome) and settled_s <= outcome.end_s < seconds
         ]
         for turn in rounds
     ]
     goodputs_per_s = [len(tokens) / counted_s for tokens in good]
-    tpots_ms = [sample.tpot_s * 1e3 for sample in samples] or [0.0]
-    ttfts_ms = [sample.ttft_s * 1e3 for sample in samples] or [0.0]
+    tpots_ms = [outcome.tpot_s * 1e3 for outcome in served] or [0.0]
+    ttfts_ms = [outcome.ttft_s * 1e3 for outcome in served] or [0.0]
     return Turn(
-        side, share, len(outcomes), len(samples),
+        side, share, len(outcomes), len(served),
         goodput_per_s=round(statistics.mean(goodputs_per_s), 2),
         goodputs_per_s=[round(goodput, 2) for goodput in goodputs_per_s],
         good_tokens_per_s=round(sum(map(sum, good)) / counted_s / len(rounds), 1),
@@ -230,7 +186,7 @@ def summed_up(side: str, share: float, seconds: float, promise: Promise, rounds:
         tpot_p99_ms=round(percentile(tpots_ms, 0.99), 1),
         ttft_p50_ms=round(percentile(ttfts_ms, 0.5)),
         ttft_p99_ms=round(percentile(ttfts_ms, 0.99)),
-        not_served=dict(Counter(outcome.refusal for outcome in outcomes if outcome.refusal)),
+        not_served=dict(Counter(o.error.removeprefix("HTTP ") for o in outcomes if not o.is_complete)),
     )  # fmt: skip
 
 
@@ -317,13 +273,14 @@ def single_tpot_ms(url: str) -> float:
     """Of one client, median of some requests."""
 
     async def measured() -> float:
-        async with client_of(url) as (client, model):
+        async with client_of(url) as client:
             generator = random.Random("single")
-            tpots = []
-            for _ in range(5):
-                prompt = make_prompt(generator, 64)
-                tpots.append((await one_request(client, model, prompt, Load(output_tokens=32))).tpot_s)
-            return statistics.median(tpots) * 1e3
+            outcomes = [
+                await client.send(Prompt(words(64, generator), 32), 0.0, time.perf_counter) for _ in range(5)
+            ]
+            for outcome in outcomes:
+                check(outcome, 32)
+            return statistics.median(outcome.tpot_s for outcome in outcomes) * 1e3
 
     return asyncio.run(measured())
 
@@ -357,7 +314,7 @@ def main() -> int:
             for side, own in flags.items()
         }
         for url in urls.values():
-            asyncio.run(warm_up(url, None, replace(Load(), output_tokens=16)))
+            warm_up(url, None, Load(output_tokens=16))
         single_ms = single_tpot_ms(urls["on"])
         measured = (capacity(urls["on"], arguments.clients, arguments.seconds, promise) for _ in range(2))
         rates = [round(asyncio.run(rate), 2) for rate in measured]

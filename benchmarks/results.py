@@ -1,12 +1,13 @@
 """A comparison as Markdown, for RESULTS.md and the terminal: what ran, on what, and one row for each server and load.
 
-Called by versus.py. It writes down what it is given, whoever is ahead.
+It writes down what it is given, whoever is ahead. Every script takes from here what it ran on: commit and machine.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ COLUMNS = (
     "clients", "server", "output tok/s", "of roofline", "A / this", "prefill tok/s", "of roofline", "A / this",
     "TTFT p50 / p99 ms", "TPOT p50 / p99 ms", "CPU ms/token",
 )  # fmt: skip
+
+
+def commit() -> str:
+    """The commit that is measured, with a + when the tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return (name.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")
 
 
 def machine() -> str:

@@ -14,7 +14,6 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import signal
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from comparison import agreement, ratio
-from load import Load, Result, commit, measure, warm_up
+from load import Load, Result, measure, warm_up
+from results import commit
 from servers import complete, running, server
 
 UNDIVIDED = "--executor local --transport direct --micro-batches 1"
@@ -41,7 +41,7 @@ def take_turns(urls: dict[str, str], concurrencies: list[int], rounds: int, load
         seeded = Load(load.rounds, load.input_words, load.output_tokens, seed=round_)
         for concurrency in concurrencies:
             for name in list(urls) if round_ % 2 == 0 else reversed(urls):
-                result = asyncio.run(measure(urls[name], None, concurrency, seeded))
+                result = measure(urls[name], None, concurrency, seeded)
                 results[concurrency][name].append(result)
                 print(f"{round_:>5} {concurrency:>7} {result.output_tokens_per_s:>8} {result.ttft_p50_ms:>9} "
                       f"{result.tpot_p50_ms:>9}   {name}", flush=True)  # fmt: skip
@@ -93,7 +93,7 @@ def main() -> int:
         if agreement(*texts) == 0.0:
             raise RuntimeError(f"not the same model: {texts[0]!r} and {texts[1]!r}")
         for url in urls.values():
-            asyncio.run(warm_up(url, None, load))
+            warm_up(url, None, load)
         results = take_turns(urls, arguments.concurrency, arguments.rounds, load)
     reports = {concurrency: report(taken) for concurrency, taken in results.items()}
     print(f"\n{'clients':>7}{'throughput, split / undivided':>40}{'time per token, undivided / split':>42}")

@@ -19,7 +19,6 @@ load. The last line is JSON; --write appends the tables to RESULTS.md.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import os
@@ -33,10 +32,12 @@ from pathlib import Path
 from typing import Any
 
 from comparison import Turn, agreement, check_prompts, compare
-from load import Load, commit, make_prompt, measure, warm_up
+from load import Load, measure, warm_up
 from peers.setup import PEERS
-from results import append, machine, section
+from results import append, commit, machine, section
 from servers import Server, complete, cpu_s, running, server
+
+from afd_server.bench.dataset import words
 
 HERE = Path(__file__).parent
 OURS = "afd"
@@ -69,14 +70,14 @@ def take_turn(contestant: Server, round_: int, plan: Plan) -> tuple[list[Turn], 
     load = replace(plan.load, seed=round_, ignore_eos=contestant.peer.ignore_eos)
     turns = []
     with running(contestant, plan.model, plan.dtype) as (url, process):
-        asyncio.run(warm_up(url, None, load))
-        prompt = make_prompt(random.Random(0), PROMPT_WORDS)
+        warm_up(url, None, load)
+        prompt = words(PROMPT_WORDS, random.Random(0))
         text = complete(url, prompt, TEXT_TOKENS, contestant.peer.ignore_eos)
         for concurrency in plan.concurrencies:
             before = cpu_s(process)
-            result = asyncio.run(measure(url, None, concurrency, load))
+            result = measure(url, None, concurrency, load)
             used_s = sum(seconds - before.get(member, 0.0) for member, seconds in cpu_s(process).items())
-            prefill = asyncio.run(measure(url, None, concurrency, prefill_load(load, concurrency)))
+            prefill = measure(url, None, concurrency, prefill_load(load, concurrency))
             turn = Turn(
                 contestant.name,
                 round_,

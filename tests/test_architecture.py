@@ -20,7 +20,7 @@ LEVELS = {
     6: {"api", "cluster"},
     5: {"router"},
     4: {"engine", "attention", "ffn"},
-    3: {"kvcache", "transport", "planner", "text", "checkpoints"},
+    3: {"kvcache", "transport", "planner", "text", "checkpoints", "bench"},
     2: {"models"},
     1: {"kernels", "pipeline", "telemetry", "traffic"},
     0: {"types", "config", "errors", "command_line", "__init__"},
@@ -41,6 +41,7 @@ RESERVED = {
     "multiprocessing.connection": {"transport"},
     "multiprocessing.shared_memory": {"transport"},
     "fastapi": {"api"},
+    "aiohttp": {"bench.client"},
     "uvicorn": {"api"},
     "prometheus_client": {"api", "telemetry"},
     # Bytes from elsewhere never become objects of any type.
@@ -63,7 +64,7 @@ STREAMS = {
 # Decisions: their tests run in milliseconds. A folder stands for every module in it.
 TORCH_FREE = (
     "types", "config", "errors", "pipeline", "traffic", "engine.scheduler", "engine.micro_batches", "engine.step_time", "engine.pace", "kvcache.block_pool", "router",
-    "models.spec", "models.families", "planner",
+    "models.spec", "models.families", "planner", "bench",
 )  # fmt: skip
 
 FILE_LINES, FUNCTION_LINES, CLASS_LINES = 400, 60, 300
