@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 
 from afd_server.attention.ffn_group import Connector
-from afd_server.cluster.layout import link_shape
+from afd_server.cluster.layout import link_shape, torch_device
 from afd_server.cluster.names import attention_name, ffn_name
 from afd_server.cluster.workers import AttentionReplica, FFNServer, WorkerInfo
 from afd_server.config import ServeConfig
@@ -32,7 +32,7 @@ class FFNHost:
 
     def __init__(self, config: ServeConfig, index: int, secret: bytes, node: str, address: str) -> None:
         """Raises whatever the load does."""
-        listener = SocketListener(ffn_name(index), node, secret, host=address)
+        listener = SocketListener(ffn_name(index), node, secret, host=address, device=torch_device(config))
         self.worker = FFNServer(config, index, listener)
         self.loaded: Loaded = (listener.endpoint, self.worker.info, [])
 
@@ -104,11 +104,13 @@ class AttentionHost:
     def _connector(self, index: int) -> Connector:
         """Dials FFN worker `index` where it listens at that moment."""
         shape = link_shape(self._config, read_model_spec(self._config.model))
+        device = torch_device(self._config)
 
         def dial(timeout_s: float) -> Link:
             endpoint = self._endpoint_of(index)
             if endpoint is None:
                 raise WorkerDiedError(ffn_name(index), "it has left")
-            return connect(endpoint, shape, self._index, self._secret, self._transport(endpoint), timeout_s)
+            transport = self._transport(endpoint)
+            return connect(endpoint, shape, self._index, self._secret, transport, timeout_s, device)
 
         return dial

@@ -122,6 +122,7 @@ class FFNWorker:
     def _compute(self, batch: Sequence[IncomingCall]) -> None:
         if len(batch) == 1:
             self._half.forward(batch[0].call, out=batch[0].answer_buffer())
+            batch[0].finish()
             return
         # Each call is routed by itself, where that is done here: see FFNHalf.routed.
         y_TH = self._half.forward(merge([self._half.routed(incoming.call) for incoming in batch]))
@@ -130,6 +131,8 @@ class FFNWorker:
             rows = len(incoming.call.x)
             incoming.answer_buffer().copy_(y_TH[start : start + rows])
             start += rows
+        for incoming in batch:
+            incoming.finish()
 
 
 def next_batch(waiting: Sequence[IncomingCall]) -> tuple[list[IncomingCall], list[IncomingCall]]:

@@ -138,7 +138,7 @@ class Link(ABC):
 class IncomingCall(ABC):
     """A call at the FFN worker, from arrival to answer. Answered at most once, on the listener's thread.
 
-    call: views of the link's slot, in host memory unless both ends are threads over a GPU. Valid until the answer, or
+    call: views of the link's slot, in host memory unless both ends share a GPU's. Valid until the answer, or
     until its sender sends the micro-batch again: then the numbers may change under way, but what is computed from them
     reaches nobody, and expert ids stay expert ids of that sender.
     """
@@ -149,6 +149,11 @@ class IncomingCall(ABC):
     @abstractmethod
     def answer_buffer(self) -> Tensor:
         """[T, H] in the answer's dtype to write the partial sum into: the answer's place on the wire, no copy follows."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Waits for a device that still writes into `answer_buffer`, where the other end could see it unfinished. `answer` does
+        so too; who measures the time of computing calls this first. Raises RuntimeError when the device has failed."""
 
     @abstractmethod
     def answer(self, ffn_us: int, batch_rows: int) -> None:

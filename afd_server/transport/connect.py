@@ -5,19 +5,24 @@ Called by attention workers. What does not live here: the local executor's path 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
 import time
 
 import torch
+from torch import Tensor
 
 from afd_server.errors import ConfigError, WorkerDiedError, WorkerTimeoutError
 from afd_server.transport.base import Endpoint, Link, LinkShape
+from afd_server.transport.device_memory import DeviceMemoryError, share_device_memory
 from afd_server.transport.handshake import new_hello, shake_hands
 from afd_server.transport.keepalive import notice_dead_host
 from afd_server.transport.link import SocketLink
-from afd_server.transport.wire import SlotLayout, Slots
+from afd_server.transport.wire import HOST, SlotLayout, Slots
+
+logger = logging.getLogger(__name__)
 
 
 def choose_transport(setting: str, own_node: str, endpoint: Endpoint) -> str:
@@ -43,9 +48,12 @@ def connect(
     secret: bytes,
     transport: str,
     timeout_s: float,
+    device: torch.device = HOST,
 ) -> Link:
     """A link of attention replica `replica` to the FFN worker at `endpoint`. transport: "shm" or "tcp".
 
+    device: where the caller's activations are. With shm those of a GPU stay in its memory where both sides can reach it; where
+    they cannot, the log says why, and they go through host memory.
     Raises WorkerDiedError when nobody listens there, WorkerTimeoutError when the link does not stand in time, and
     ProtocolError when the other end has another secret or speaks another protocol.
     """
@@ -54,13 +62,11 @@ def connect(
     sock = dial(endpoint, timeout_s, unix=transport == "shm")
     try:
         if transport == "tcp":
+            if device.type == "cuda":
+                _through_host_memory(endpoint.worker, "the transport is TCP")
             shake_hands(sock, endpoint.worker, secret, new_hello("tcp", replica, shape), [], deadline)
             return SocketLink(endpoint.worker, sock, Slots(shape), replica, payload_on_socket=True)
-        slots, descriptor = _shared_slots(shape)
-        try:
-            shake_hands(sock, endpoint.worker, secret, new_hello("shm", replica, shape), [descriptor], deadline)
-        finally:
-            os.close(descriptor)
+        slots = _agree_on_slots(sock, endpoint.worker, secret, shape, replica, device, deadline)
         return SocketLink(endpoint.worker, sock, slots, replica, payload_on_socket=False)
     except BaseException:
         sock.close()
@@ -94,6 +100,47 @@ def dial(endpoint: Endpoint, timeout_s: float, *, unix: bool) -> socket.socket:
         raise WorkerTimeoutError(endpoint.worker, f"no connection within {timeout_s:g} s") from None
     except OSError as error:
         raise WorkerDiedError(endpoint.worker, f"cannot be reached: {error}") from None
+
+
+def _agree_on_slots(
+    sock: socket.socket,
+    worker: str,
+    secret: bytes,
+    shape: LinkShape,
+    replica: int,
+    device: torch.device,
+    deadline: float,
+) -> Slots:
+    """Shakes hands over a unix socket. The slots lie in memory of the device if the worker can map it, else in the host's."""
+    memory, handle = _device_memory(worker, shape, device)
+    slots, descriptor = _shared_slots(shape)
+    try:
+        hello = new_hello("shm", replica, shape, handle)
+        reply = shake_hands(sock, worker, secret, hello, [descriptor], deadline)
+    finally:
+        os.close(descriptor)
+    if memory is None:
+        return slots
+    if reply.device_refusal:
+        _through_host_memory(worker, reply.device_refusal)
+        return slots
+    logger.info("%s: activations stay in the memory of %s", worker, memory.device)
+    return Slots(shape, memory)
+
+
+def _device_memory(worker: str, shape: LinkShape, device: torch.device) -> tuple[Tensor | None, bytes]:
+    """Memory of the device to offer to the worker, and its handle. None where the device is the CPU, or shares none."""
+    if device.type != "cuda":
+        return None, b""
+    try:
+        return share_device_memory(SlotLayout(shape).total_bytes, device)
+    except DeviceMemoryError as error:
+        _through_host_memory(worker, str(error))
+        return None, b""
+
+
+def _through_host_memory(worker: str, reason: str) -> None:
+    logger.info("%s: activations go through host memory: %s", worker, reason)
 
 
 def _shared_slots(shape: LinkShape) -> tuple[Slots, int]:

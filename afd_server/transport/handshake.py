@@ -22,7 +22,7 @@ import msgspec
 from afd_server.errors import ConfigError, ProtocolError, WorkerDiedError, WorkerTimeoutError
 from afd_server.transport.base import LinkShape
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 # A server gives up on a connection that has not introduced itself after this long.
 HANDSHAKE_TIMEOUT_S = 5.0
 # Connections that a server holds at most before they have introduced themselves; one more ends the oldest of them.
@@ -33,7 +33,9 @@ _NONCE_BYTES = 32
 _MAC_BYTES = 32
 _PREFIX = struct.Struct("<4sI")
 _MAX_BODY_BYTES = 2048
+_MAX_REASON_CHARACTERS = 256
 CHALLENGE_BYTES = len(_MAGIC) + _NONCE_BYTES
+DEVICE_HANDLE_BYTES = 64
 
 
 class HandshakeError(Exception):
@@ -41,19 +43,33 @@ class HandshakeError(Exception):
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a client wants: an activation link (with its shape and, for shm, a descriptor beside it) or the control channel."""
+    """What a client wants: an activation link (with its shape and, for shm, a descriptor beside it) or the control channel.
+
+    device_handle: of memory on the client's GPU that the link may use in place of the descriptor's; empty without one.
+    """
 
     purpose: Literal["shm", "tcp", "control"]
     nonce: bytes
     replica: int = 0
     shape: LinkShape | None = None
+    device_handle: bytes = b""
     version: int = PROTOCOL_VERSION
+
+    def __post_init__(self) -> None:
+        if len(self.device_handle) not in (0, DEVICE_HANDLE_BYTES):
+            raise ValueError(f"{len(self.device_handle)} bytes for a handle of device memory")
+        if self.device_handle and self.purpose != "shm":
+            raise ValueError(f"device memory for a link of kind {self.purpose}")
 
 
 class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The server's word: refusal says why not, in a sentence; empty when the connection stands."""
+    """The server's word: refusal says why not, in a sentence; empty when the connection stands.
+
+    device_refusal: why the link does not use the device memory that the client offered; empty when it does.
+    """
 
     refusal: str = ""
+    device_refusal: str = ""
 
 
 def new_challenge() -> bytes:
@@ -62,9 +78,12 @@ def new_challenge() -> bytes:
 
 
 def new_hello(
-    purpose: Literal["shm", "tcp", "control"], replica: int = 0, shape: LinkShape | None = None
+    purpose: Literal["shm", "tcp", "control"],
+    replica: int = 0,
+    shape: LinkShape | None = None,
+    device_handle: bytes = b"",
 ) -> Hello:
-    return Hello(purpose, secrets.token_bytes(_NONCE_BYTES), replica, shape)
+    return Hello(purpose, secrets.token_bytes(_NONCE_BYTES), replica, shape, device_handle)
 
 
 def check_challenge(challenge: bytes) -> None:
@@ -88,8 +107,11 @@ def unpack_hello(secret: bytes, challenge: bytes, frame: bytes) -> Hello:
     return hello
 
 
-def pack_reply(secret: bytes, challenge: bytes, nonce: bytes, refusal: str = "") -> bytes:
-    return _pack(secret, b"server", challenge + nonce, msgspec.msgpack.encode(Reply(refusal)))
+def pack_reply(
+    secret: bytes, challenge: bytes, nonce: bytes, refusal: str = "", device_refusal: str = ""
+) -> bytes:
+    reply = Reply(refusal, device_refusal[:_MAX_REASON_CHARACTERS])
+    return _pack(secret, b"server", challenge + nonce, msgspec.msgpack.encode(reply))
 
 
 def pack_rejection() -> bytes:
@@ -98,12 +120,16 @@ def pack_rejection() -> bytes:
     return _PREFIX.pack(_MAGIC, len(body)) + body + bytes(_MAC_BYTES)
 
 
-def unpack_reply(secret: bytes, challenge: bytes, hello: Hello, frame: bytes) -> None:
+def unpack_reply(secret: bytes, challenge: bytes, hello: Hello, frame: bytes) -> Reply:
     """Raises HandshakeError when the server cannot prove itself, or refuses."""
     body = _checked(secret, b"server", challenge + hello.nonce, frame)
-    refusal = msgspec.msgpack.decode(body, type=Reply).refusal
-    if refusal:
-        raise HandshakeError(refusal)
+    try:
+        reply = msgspec.msgpack.decode(body, type=Reply)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise HandshakeError(f"its reply cannot be read: {error}") from None
+    if reply.refusal:
+        raise HandshakeError(reply.refusal)
+    return reply
 
 
 def frame_bytes(received: bytes | bytearray) -> int:
@@ -123,7 +149,7 @@ def frame_bytes(received: bytes | bytearray) -> int:
 
 def shake_hands(
     sock: socket.socket, worker: str, secret: bytes, hello: Hello, descriptors: list[int], deadline: float
-) -> None:
+) -> Reply:
     """The client's side on a connected socket, until `deadline` (time.monotonic). Passes descriptors with the hello.
 
     Raises ProtocolError (also when the server refuses), WorkerDiedError or WorkerTimeoutError.
@@ -140,7 +166,7 @@ def shake_hands(
         reply = b""
         while len(reply) < (length := frame_bytes(reply)):
             reply += _receive(sock, length - len(reply), deadline)
-        unpack_reply(secret, challenge, hello, reply)
+        return unpack_reply(secret, challenge, hello, reply)
     except HandshakeError as error:
         raise ProtocolError(worker, f"no link: {error}") from None
     except TimeoutError:

@@ -160,6 +160,9 @@ class _InprocCall(IncomingCall):
             self._buffer = place_TH if self.wanted else torch.empty_like(place_TH)
         return self._buffer
 
+    def finish(self) -> None:
+        """The threads share the device's stream: what reads the answer comes after what writes it."""
+
     def answer(self, ffn_us: int, batch_rows: int) -> None:
         self._reply(ffn_us, batch_rows, None)
 

@@ -13,6 +13,7 @@ from afd_server.errors import ProtocolError, WorkerDiedError, WorkerFailedError,
 from afd_server.kernels.hop import CallPlace
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import NUM_SLOTS, Answer, CallTag, Link
+from afd_server.transport.device_memory import keep_until_dropped
 from afd_server.transport.frames import MAX_MESSAGE_BYTES, FrameError, FrameReader, Header, Kind, Outbox
 from afd_server.transport.wire import Slots
 
@@ -53,6 +54,7 @@ class SocketLink(Link):
         self._sequence += 1
         slots = self._slots
         slots.write_call(micro_batch, call)
+        slots.settle()
         header = self._call_header(tag, rows, routed, self._sequence)
         self._sent[micro_batch], self._arrived[micro_batch] = header, None
         pieces: list[bytes | memoryview] = [header.pack()]
@@ -78,7 +80,7 @@ class SocketLink(Link):
 
     def begin_run(self, tag: CallTag, rows: int) -> CallPlace | None:
         sock, slots = self._socket, self._slots
-        usual = slots.shape.wire_dtype == "float32" and not self._payload_on_socket
+        usual = slots.shape.wire_dtype == "float32" and slots.on_host and not self._payload_on_socket
         if not usual or sock is None or len(self._outbox) or self._reader.has_part:
             return None
         frame = self._call_header(tag, rows, False, self._sequence + 1).pack()
@@ -101,8 +103,12 @@ class SocketLink(Link):
 
     def close(self) -> None:
         sock, self._socket = self._socket, None
-        if sock is not None:
+        if sock is None:
+            return
+        if self._slots.on_host:
             sock.close()
+        else:
+            keep_until_dropped(sock, self._slots)
 
     def _send_rest(self, sock: socket.socket) -> None:
         """Goes on with a call that the peer does not take at once, for a while."""

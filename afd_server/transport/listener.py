@@ -15,12 +15,15 @@ import sys
 import time
 from collections.abc import Sequence
 
+import torch
+
 from afd_server.kernels.hop import CallLoop, KernelFFN
 from afd_server.transport.base import NUM_SLOTS, CallTag, Endpoint, IncomingCall, Listener
 from afd_server.transport.frames import FrameError, Header, Kind
 from afd_server.transport.handshake import HANDSHAKE_TIMEOUT_S, MAX_CANDIDATES, HandshakeError, Hello
 from afd_server.transport.keepalive import notice_dead_host
 from afd_server.transport.server_side import Candidate, ServedCall, ServedLink
+from afd_server.transport.wire import HOST
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,8 @@ _SAMPLE_FRAME = Header(Kind.CALL, CallTag(0, 0, 0, 0), 0, 1, False, "float32", 0
 class SocketListener(Listener):
     """Listens on a unix socket (Linux only: its links share memory) and on TCP; `endpoint` says where.
 
-    worker, node: who listens, on which machine, as `endpoint` passes them on. host: address to bind TCP to.
+    worker, node: who listens, on which machine, as `endpoint` passes them on. host: address to bind TCP to. device: what the
+    worker computes on.
     """
 
     def __init__(
@@ -46,8 +50,10 @@ class SocketListener(Listener):
         host: str = "127.0.0.1",
         unix: bool = True,
         tcp: bool = True,
+        device: torch.device = HOST,
     ) -> None:
         self._secret = secret
+        self._device = device
         self._epoll = select.epoll()
         self._watched: dict[int, socket.socket] = {}  # by descriptor
         self._doors: list[socket.socket] = []
@@ -213,7 +219,7 @@ class SocketListener(Listener):
             self._links[sock] = link
 
     def _welcome(self, candidate: Candidate, hello: Hello) -> ServedLink:
-        slots = candidate.open_slots(hello)
+        slots = candidate.open_slots(hello, self._device)
         candidate.accept(hello)
         on_socket = hello.purpose == "tcp"
         return ServedLink(candidate.socket, slots, hello.replica, on_socket, self.output_pending)

@@ -7,6 +7,7 @@ connections there are.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ from afd_server.errors import ConfigError, WorkerDiedError
 from afd_server.kernels.hop import LinkPlace
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import NUM_SLOTS, CallTag, IncomingCall
+from afd_server.transport.device_memory import DeviceMemoryError, map_device_memory
 from afd_server.transport.frames import MAX_MESSAGE_BYTES, FrameError, FrameReader, Header, Kind, Outbox
 from afd_server.transport.handshake import (
     HandshakeError,
@@ -30,6 +32,8 @@ from afd_server.transport.handshake import (
     unpack_hello,
 )
 from afd_server.transport.wire import SlotLayout, Slots
+
+logger = logging.getLogger(__name__)
 
 
 class Candidate:
@@ -45,6 +49,7 @@ class Candidate:
         self._challenge = new_challenge()
         self._received = bytearray()
         self._descriptors: list[int] = []
+        self._device_refusal = ""
         sock.send(self._challenge)  # a new socket takes these few bytes whole
 
     def read(self) -> Hello | None:
@@ -63,8 +68,11 @@ class Candidate:
             self._say(pack_rejection())
             raise
 
-    def open_slots(self, hello: Hello) -> Slots:
-        """The link's memory: the peer's own for shm, private for tcp. Raises HandshakeError, after telling the peer."""
+    def open_slots(self, hello: Hello, device: torch.device) -> Slots:
+        """The link's memory: the peer's own for shm, private for tcp. Raises HandshakeError, after telling the peer.
+
+        device: what this worker computes on. Memory of the peer's GPU is taken where it is offered and can be mapped there.
+        """
         try:
             if hello.purpose == "control" or hello.shape is None:
                 raise ValueError("this worker serves activation links")
@@ -72,6 +80,9 @@ class Candidate:
                 return Slots(hello.shape)
             if len(self._descriptors) != 1:
                 raise ValueError("a shm link passes one descriptor of shared memory over the unix socket")
+            memory = self._map_device_memory(hello, SlotLayout(hello.shape).total_bytes, device)
+            if memory is not None:
+                return Slots(hello.shape, memory)
             from afd_server.transport.shared_memory import map_shared_memory
 
             with torch.inference_mode(False):  # see Slots
@@ -83,7 +94,7 @@ class Candidate:
 
     def accept(self, hello: Hello) -> None:
         """Tells the peer that its link stands, and that this is the server it meant."""
-        self._say(pack_reply(self._secret, self._challenge, hello.nonce))
+        self._say(pack_reply(self._secret, self._challenge, hello.nonce, device_refusal=self._device_refusal))
         self.close()
 
     def close(self) -> None:
@@ -91,6 +102,21 @@ class Candidate:
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
+
+    def _map_device_memory(self, hello: Hello, size_bytes: int, device: torch.device) -> Tensor | None:
+        """None, and the reason noted for the peer, where activations are to go through host memory."""
+        try:
+            if not hello.device_handle:
+                if device.type == "cuda":  # the peer, on its CPU, sees nothing unusual
+                    logger.info("attention-%d: activations go through host memory: it offers no device memory",
+                                hello.replica)  # fmt: skip
+                return None
+            if device.type != "cuda":
+                raise DeviceMemoryError("the FFN worker computes on a CPU")
+            return map_device_memory(hello.device_handle, size_bytes, device)
+        except DeviceMemoryError as error:
+            self._device_refusal = str(error)
+            return None
 
     def _receive(self, size: int) -> bytes:
         if self.socket.family != socket.AF_UNIX:
@@ -149,6 +175,9 @@ class ServedLink:
     def answer_place(self, header: Header) -> Tensor:
         return self._slots.answer(header.tag.micro_batch, header.rows)
 
+    def settle(self) -> None:
+        self._slots.settle()
+
     def send(self, header: Header, message: bytes = b"") -> None:
         """Queues an answer and writes what the peer takes at once. Raises OSError when it is gone."""
         pieces: list[bytes | memoryview] = [header.pack()]
@@ -162,7 +191,8 @@ class ServedLink:
     def place(self, hidden_size: int) -> LinkPlace | None:
         """Of its slots, for a kernel that serves calls by itself. None where that cannot be."""
         slots, shape = self._slots, self._slots.shape
-        if self._payload_on_socket or shape.wire_dtype != "float32" or shape.hidden_size != hidden_size:
+        usual = shape.wire_dtype == "float32" and shape.hidden_size == hidden_size and slots.on_host
+        if self._payload_on_socket or not usual:
             return None
         layout, first = slots.layout, slots.views(0, 1)
         return LinkPlace(
@@ -217,6 +247,7 @@ class ServedCall(IncomingCall):
         self._header = header
         self._arrived_at = time.monotonic()
         self._buffer: Tensor | None = None
+        self._finished = False
         self._answered = False
 
     @property
@@ -233,7 +264,13 @@ class ServedCall(IncomingCall):
             self._buffer = place_TH if self.wanted else torch.empty_like(place_TH)
         return self._buffer
 
+    def finish(self) -> None:
+        if not self._finished:
+            self._link.settle()
+            self._finished = True
+
     def answer(self, ffn_us: int, batch_rows: int) -> None:
+        self.finish()
         queue_us = max(0, round((time.monotonic() - self._arrived_at) * 1e6) - ffn_us)
         payload_bytes = self._link.answer_bytes_per_row * self._header.rows
         self._reply(Kind.ANSWER, payload_bytes, b"", ffn_us, queue_us, batch_rows)

@@ -1,8 +1,8 @@
 """How activations lie in bytes: one slot of memory per micro-batch and direction, encoded in place.
 
 What lives here: the layout of a link's memory and the encoding (float32, bfloat16, fp8 with a scale a row). What does
-not: whose memory it is: private (inproc, tcp) or shared (shm). Both ends of a shared link compute the same layout
-from the same LinkShape.
+not: whose memory it is: private (inproc, tcp) or shared (shm), a host's or a GPU's. Both ends of a shared link compute the
+same layout from the same LinkShape.
 
 Every field has a fixed place in its slot, sized for max_rows. A sender that overwrites a call which is still being
 computed thus mixes numbers of two calls but never takes bytes of one field for another: expert ids stay expert ids.
@@ -25,6 +25,8 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 _FIELD_ALIGNMENT_BYTES = 64  # a cache line
 _SLOT_ALIGNMENT_BYTES = 4096  # a page: an unused micro-batch never touches memory
+
+HOST = torch.device("cpu")
 
 # Micro-batches and rows whose views are kept per link.
 _MAX_VIEWS = 64
@@ -102,7 +104,7 @@ class Slots:
     """
 
     def __init__(
-        self, shape: LinkShape, memory: Tensor | None = None, device: torch.device | str = "cpu"
+        self, shape: LinkShape, memory: Tensor | None = None, device: torch.device | str = HOST
     ) -> None:
         self.shape = shape
         self.layout = SlotLayout(shape)
@@ -115,8 +117,23 @@ class Slots:
         self._views: dict[tuple[int, int], SlotViews] = {}  # by micro-batch and rows
         self._bytes: memoryview | None = memory.numpy().data if memory.device.type == "cpu" else None
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the slots' bytes can be reached without a device."""
+        return self._bytes is not None
+
+    def settle(self) -> None:
+        """Returns when all that this thread has had written into the slots so far is there for another process.
+
+        For slots on a GPU. The wait keeps the rest as it is on a host: a header that arrives says that its data has. Events shared by
+        both processes could take its place: the sender would ring at once, and the receiver's stream, not its thread, would wait.
+        """
+        if self._memory.is_cuda:
+            torch.cuda.current_stream(self._memory.device).synchronize()
+
     def write_call(self, micro_batch: int, call: FFNCall) -> None:
-        """Encodes the call into its slot. The call must fit the link's shape; from a GPU this waits for the copy."""
+        """Encodes the call into its slot. The call must fit the link's shape. From a GPU into host memory this waits for the
+        copy; within a GPU it does not, see `settle`."""
         (rows, hidden_size), shape = call.x.shape, self.shape
         assert 1 <= rows <= shape.max_rows, f"{rows} rows over a link for {shape.max_rows}"
         assert hidden_size == shape.hidden_size, f"hidden size {hidden_size}, not {shape.hidden_size}"
