@@ -16,7 +16,7 @@ from torch import Tensor
 
 from afd_server.errors import ConfigError, WorkerDiedError, WorkerTimeoutError
 from afd_server.transport.base import Endpoint, Link, LinkShape
-from afd_server.transport.device_memory import DeviceMemoryError, share_device_memory
+from afd_server.transport.device_memory import DeviceMemoryError, keep_until_dropped, share_device_memory
 from afd_server.transport.handshake import new_hello, shake_hands
 from afd_server.transport.keepalive import notice_dead_host
 from afd_server.transport.link import SocketLink
@@ -117,6 +117,11 @@ def _agree_on_slots(
     try:
         hello = new_hello("shm", replica, shape, handle)
         reply = shake_hands(sock, worker, secret, hello, [descriptor], deadline)
+    except BaseException:
+        if memory is not None:
+            keep_until_dropped(sock, memory)
+            del memory  # which the traceback would hold for as long as somebody has the error
+        raise
     finally:
         os.close(descriptor)
     if memory is None:

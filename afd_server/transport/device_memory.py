@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # The driver shares whole granules: a smaller allocation would take what lies beside it along.
 _GRANULE_BYTES = 2 << 20
+# Closed links whose peers have not noticed; a peer that hangs and is dialled over and over shall not take the whole GPU.
+_MAX_KEPT = 4
 _ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, for another GPU's memory
 
 
@@ -48,6 +50,8 @@ def share_device_memory(size_bytes: int, device: torch.device) -> tuple[Tensor, 
     It is freed when the last view of it is gone; see keep_until_dropped. Raises DeviceMemoryError.
     """
     free_dropped()
+    if len(_kept) >= _MAX_KEPT:
+        raise DeviceMemoryError(f"{len(_kept)} closed links still hold device memory")
     with _on(device) as (driver, device):
         address, handle = ctypes.c_uint64(), _Handle()
         allocated_bytes = -(-size_bytes // _GRANULE_BYTES) * _GRANULE_BYTES
@@ -85,7 +89,7 @@ _kept: dict[socket.socket, object] = {}
 
 
 def keep_until_dropped(sock: socket.socket, memory: object) -> None:
-    """Ends a link's connection from this side; keeps what holds its memory until the other side has ended it too.
+    """Takes the connection over from a link and ends this side of it; keeps what holds its memory until the other has ended too.
 
     The peer may be at a call this moment, and what becomes of memory that is freed while another process has it mapped
     is undefined. A peer that died has ended its side.
@@ -93,7 +97,7 @@ def keep_until_dropped(sock: socket.socket, memory: object) -> None:
     with contextlib.suppress(OSError):  # it has ended already
         sock.shutdown(socket.SHUT_WR)
     sock.setblocking(False)
-    _kept[sock] = memory
+    _kept[socket.socket(fileno=sock.detach())] = memory
     free_dropped()
 
 

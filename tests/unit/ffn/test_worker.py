@@ -9,7 +9,7 @@ from afd_server.errors import WorkerDiedError, WorkerFailedError
 from afd_server.ffn.worker import FFNWorker, merge, next_batch
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import CallTag, LinkShape
-from afd_server.transport.inproc import InprocListener
+from afd_server.transport.inproc import InprocListener, _InprocCall
 
 HIDDEN = 4
 SHAPE = LinkShape(max_rows=8, hidden_size=HIDDEN, top_k=2, wire_dtype="float32")
@@ -170,3 +170,17 @@ def test_merge_keeps_rows_in_order_and_dense_calls_dense():
     dense = merge([FFNCall(0, torch.zeros(1, 4)), FFNCall(0, torch.zeros(2, 4))])
     assert dense.topk_ids is None
     assert dense.topk_weights is None
+
+
+def test_a_device_that_fails_while_its_work_is_waited_for_is_a_failure_to_compute(monkeypatch):
+    def fail(call):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    listener = InprocListener("ffn-0")
+    link, tag = listener.connect(SHAPE, 0), CallTag(0, 1, 5, 0)
+    worker = FFNWorker("ffn-0", LayerTimesX(), listener, end_at_failure=True)
+    link.send(tag, routed_call(5, rows=1, value=1))
+    monkeypatch.setattr(_InprocCall, "finish", fail)
+    worker.serve()
+    with pytest.raises(WorkerFailedError, match="RuntimeError: CUDA error"):
+        link.receive(tag, 10.0)

@@ -1,4 +1,4 @@
-"""What every kind of link does, whatever carries it: the same tests over threads, shared memory and TCP."""
+"""What every kind of link does, whatever carries it: the same tests over threads, shared memory of a host and of a GPU, and TCP."""
 
 import threading
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from afd_server.transport.base import LinkShape
 from .wiring import DEADLINE_S, SHAPE, Wiring, random_call, serve, tag, wired
 
 
-@pytest.fixture(params=["inproc", "shm", "tcp"])
+@pytest.fixture(params=["inproc", "shm", "device", "tcp"])
 def wiring(request: pytest.FixtureRequest) -> Iterator[Wiring]:
     with wired(request.param) as wiring:
         yield wiring

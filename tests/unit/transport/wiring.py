@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,6 +20,9 @@ from afd_server.transport.connect import connect, dial
 from afd_server.transport.handshake import CHALLENGE_BYTES
 from afd_server.transport.inproc import InprocListener
 from afd_server.transport.listener import SocketListener
+from afd_server.transport.wire import HOST
+
+from .fake_cuda import CUDA, FakeDriver, fake_cuda
 
 SECRET = b"the cluster's secret"
 DEADLINE_S = 20.0
@@ -28,19 +31,30 @@ SHAPE = LinkShape(max_rows=8, hidden_size=16, top_k=2, wire_dtype="float32")
 
 @dataclass
 class Wiring:
-    """A listener and ways to open links to it."""
+    """A listener and ways to open links to it. kind: inproc, shm, tcp; or device, which is shm between two GPU workers."""
 
     kind: str
     listener: Listener
+    device: torch.device
+    driver: FakeDriver | None = None
     links: list[Link] = field(default_factory=list)
 
-    def link(self, shape: LinkShape = SHAPE, replica: int = 0, secret: bytes = SECRET) -> Link:
+    def link(
+        self,
+        shape: LinkShape = SHAPE,
+        replica: int = 0,
+        secret: bytes = SECRET,
+        device: torch.device | None = None,
+    ) -> Link:
+        transport = "shm" if self.kind == "device" else self.kind
         if isinstance(self.listener, InprocListener):
             link = self.listener.connect(shape, replica)
         else:
             link = connect_while_waiting(
                 self.listener,
-                lambda: connect(self.listener.endpoint, shape, replica, secret, self.kind, DEADLINE_S),
+                lambda: connect(
+                    self.listener.endpoint, shape, replica, secret, transport, DEADLINE_S, device or self.device
+                ),
             )
         self.links.append(link)
         return link
@@ -81,14 +95,20 @@ def connect_while_waiting(listener: Listener, connect_link: Callable[[], Link]) 
 
 @contextmanager
 def wired(kind: str) -> Iterator[Wiring]:
-    listener = InprocListener("ffn-0") if kind == "inproc" else SocketListener("ffn-0", "node", SECRET)
-    wiring = Wiring(kind, listener)
-    try:
-        yield wiring
-    finally:
-        for link in wiring.links:
-            link.close()
-        listener.close()
+    with fake_cuda() if kind == "device" else nullcontext() as driver:
+        device = CUDA if kind == "device" else HOST
+        listener = (
+            InprocListener("ffn-0")
+            if kind == "inproc"
+            else SocketListener("ffn-0", "node", SECRET, device=device)
+        )
+        wiring = Wiring(kind, listener, device, driver)
+        try:
+            yield wiring
+        finally:
+            for link in wiring.links:
+                link.close()
+            listener.close()
 
 
 def random_call(shape: LinkShape, rows: int, layer: int = 0, routed: bool = False, seed: int = 0) -> FFNCall:
