@@ -161,7 +161,7 @@ def _let_go(let_go: Callable[[ctypes.c_uint64], int], address: int, device: torc
         with _on(device) as (driver, _):  # which waits for what the device still does with it
             _check(driver, let_go(ctypes.c_uint64(address)), "letting go of device memory")
     except DeviceMemoryError as error:  # a device that has failed frees nothing before its process ends
-        logger.warning("%s", error)
+        logger.warning("device memory of a link stays until this process ends: %s", error)
 
 
 def _check(driver: Any, result: int, what: str) -> None:

@@ -108,8 +108,8 @@ class Candidate:
         try:
             if not hello.device_handle:
                 if device.type == "cuda":  # the peer, on its CPU, sees nothing unusual
-                    logger.info("attention-%d: activations go through host memory: it offers no device memory",
-                                hello.replica)  # fmt: skip
+                    logger.info("%s: activations go through host memory: %s", f"attention-{hello.replica}",
+                                "it offers no device memory")  # fmt: skip
                 return None
             if device.type != "cuda":
                 raise DeviceMemoryError("the FFN worker computes on a CPU")
