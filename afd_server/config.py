@@ -95,8 +95,13 @@ class ServeConfig:
     kernels: str = option(
         "auto",
         "cluster",
-        "native: this server's own (C++ on CPUs, Triton on GPUs); torch: torch's; auto: native on CPUs with a compiler",
+        "native: this server's own (C++ on CPUs, Triton on GPUs); torch: torch's; auto: native where that can be had",
         KERNELS,
+    )
+    enforce_eager: bool = option(
+        False,
+        "cluster",
+        "no CUDA graphs: every kernel of a step is launched by itself (graphs need native kernels)",
     )
     attention_resource: str | None = option(
         None, "cluster", "custom Ray resource that a node for attention workers must offer"

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from afd_server.attention.ffn_group import FFNGroup
 from afd_server.attention.sampler import Sampler
-from afd_server.attention.shortcut import shortcut_for
+from afd_server.attention.shortcut import Shortcut, shortcut_for
+from afd_server.models.attention_graphs import AttentionGraphs
 from afd_server.models.batch import AttentionBatch
+from afd_server.models.ffn_call import FFNCall
 from afd_server.models.halves import AttentionHalf
 from afd_server.pipeline import run_pipeline
 from afd_server.types import (
@@ -30,7 +32,10 @@ from afd_server.types import (
 
 
 class AttentionWorker:
-    """Carries out plans on the thread that calls it. `cache` holds one tensor per layer (kvcache/storage.py)."""
+    """Carries out plans on the thread that calls it. `cache` holds one tensor per layer (kvcache/storage.py).
+
+    graphs: of the half's layers on this cache, for the micro-batches that they take.
+    """
 
     def __init__(
         self,
@@ -40,12 +45,14 @@ class AttentionWorker:
         *,
         block_size: int,
         device: torch.device,
+        graphs: AttentionGraphs | None = None,
     ) -> None:
         self._half = half
         self._cache = cache
         self._ffn_group = ffn_group
         self._block_size = block_size
         self._device = device
+        self._graphs = graphs
         self._shortcut = shortcut_for(half, ffn_group)
         self._sampler = Sampler(half.spec.vocab_size, half.spec.eos_token_ids, device)
 
@@ -64,10 +71,8 @@ class AttentionWorker:
         # Micro-batches that overlap are driven from here, one hop of each in turn.
         shortcut = self._shortcut if len(plan.micro_batches) == 1 else None
         passes = [
-            self._half.forward(
-                AttentionBatch.build(requests, self._block_size, self._device), self._cache, shortcut
-            )
-            for requests in plan.micro_batches
+            self._forward(micro_batch, requests, shortcut)
+            for micro_batch, requests in enumerate(plan.micro_batches)
         ]
         run = run_pipeline(passes, self._ffn_group, num_hops=self._half.spec.num_layers)
         in_shortcut_s = shortcut.waiting_s if shortcut is not None else 0.0
@@ -90,6 +95,25 @@ class AttentionWorker:
                 num_resent=wire.num_resent,
             ),
         )
+
+    def _forward(
+        self, micro_batch: int, requests: Sequence[ScheduledRequest], shortcut: Shortcut | None
+    ) -> Generator[FFNCall, Tensor, Tensor]:
+        """The pass of one micro-batch: see AttentionHalf.forward."""
+        if self._graphs is not None and self._graphs.take(requests):
+            return self._graphs.forward(micro_batch, requests)
+        batch = AttentionBatch.build(requests, self._block_size, self._device)
+        return self._half.forward(batch, self._cache, shortcut)
+
+    def record_graphs(self, size: int, num_micro_batches: int) -> None:
+        """Runs so many micro-batches of so many requests, which records their graphs on both sides. Writes into KV blocks 0 to
+        size - 1, so it must come before the first request."""
+        vocab_size = self._half.spec.vocab_size
+        parts = tuple(
+            ScheduledRequest(f"graph-{row}", 0, (row % vocab_size,), (row,), samples=False)
+            for row in range(size)
+        )
+        self.execute(StepPlan(0, (parts,) * num_micro_batches))
 
     def warm_up(self, sizes: Sequence[int]) -> list[tuple[StepPlan, StepTiming]]:
         """Runs one decode-like step per batch size and gives its times: first-touch costs and a first measurement.

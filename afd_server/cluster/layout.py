@@ -15,9 +15,10 @@ import torch
 from afd_server.attention.dispatch import GroupLayout
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError
-from afd_server.kernels.gpu.device import can_run
+from afd_server.kernels.gpu.device import what_is_missing
 from afd_server.kernels.library import KernelBuildError, library
 from afd_server.models.checkpoint import operations_for
+from afd_server.models.graphs import CUDACapture
 from afd_server.models.halves import FFNShard
 from afd_server.models.operations import Operations
 from afd_server.models.spec import ModelSpec, MoESpec
@@ -78,16 +79,17 @@ def torch_device(config: ServeConfig) -> torch.device:
 
 def operations(config: ServeConfig, device: torch.device) -> Operations:
     """How a worker on this device computes; `auto` kernels are settled here, on the worker's own node. Raises ConfigError."""
+    native = config.kernels != "torch"
     if device.type != "cpu":
-        # The Triton kernels are compared with torch's operations under Triton's interpreter; no GPU has run them yet.
         if config.quantization:
             raise ConfigError("--quantization", f"there are no {config.quantization} kernels for {device.type}")
-        if config.kernels == "native" and not can_run(device):
-            raise ConfigError(
-                "--kernels", "the GPU's kernels need Triton", "install triton, or use --kernels torch"
-            )
-        return operations_for(device, torch_dtype(config), "native" if config.kernels == "native" else "torch")
-    native = config.kernels != "torch"
+        missing = what_is_missing(device)
+        if native and missing:
+            if config.kernels == "native":
+                raise ConfigError("--kernels", f"no native ones on this GPU: {missing}", "use --kernels torch")
+            logger.warning("torch's operations are used, which are slower: %s", missing)
+            native = False
+        return operations_for(device, torch_dtype(config), "native" if native else "torch")
     if native:
         try:
             library()
@@ -97,6 +99,15 @@ def operations(config: ServeConfig, device: torch.device) -> Operations:
             logger.warning("torch's operations are used, which are slower: %s", error)
             native = False
     return operations_for(device, torch_dtype(config), "native" if native else "torch", config.quantization)
+
+
+def graph_capture(
+    config: ServeConfig, device: torch.device, operations: Operations, name: str
+) -> CUDACapture | None:
+    """What records the CUDA graphs of the worker `name`; None where there are to be none."""
+    if config.enforce_eager or device.type != "cuda" or not operations.capturable:
+        return None
+    return CUDACapture(device, name)
 
 
 def group_layout(config: ServeConfig, spec: ModelSpec) -> GroupLayout:

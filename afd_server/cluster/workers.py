@@ -9,11 +9,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from afd_server.attention.ffn_group import Connector, FFNGroup
 from afd_server.attention.worker import AttentionWorker
@@ -21,6 +22,7 @@ from afd_server.cluster.layout import (
     ffn_shard,
     free_bytes,
     free_kv_cache_bytes,
+    graph_capture,
     group_layout,
     operations,
     threads_per_worker,
@@ -29,7 +31,7 @@ from afd_server.cluster.layout import (
     usable_cores,
 )
 from afd_server.cluster.names import attention_name, ffn_name
-from afd_server.config import ServeConfig
+from afd_server.config import MAX_MICRO_BATCHES, ServeConfig
 from afd_server.engine.engine import Engine
 from afd_server.engine.loop import EngineLoop
 from afd_server.engine.micro_batches import MicroBatchChooser
@@ -38,9 +40,13 @@ from afd_server.engine.scheduler import Scheduler
 from afd_server.engine.step_time import StepTimeModel, StepWork
 from afd_server.ffn.worker import FFNWorker
 from afd_server.kvcache.storage import allocate_cache, num_blocks_for
+from afd_server.models.attention_graphs import AttentionGraphs
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half
 from afd_server.models.families import read_model_spec
+from afd_server.models.ffn_graphs import FFNGraphs
 from afd_server.models.ffn_layer_cpu import kernel_ffn
+from afd_server.models.graphs import CUDACapture
+from afd_server.models.halves import AttentionHalf
 from afd_server.transport.base import Listener
 from afd_server.types import ReplicaUpdate
 
@@ -84,6 +90,7 @@ class FFNServer:
         torch.set_num_threads(threads_per_worker(config, usable_cores()))
         directory = Path(config.model)
         try:
+            computing = operations(config, device)
             half = load_ffn_half(
                 directory,
                 read_model_spec(directory),
@@ -91,7 +98,7 @@ class FFNServer:
                 device=device,
                 dtype=dtype,
                 gate_on=config.gate_on,
-                operations=operations(config, device),
+                operations=computing,
             )
         except BaseException:
             listener.close()
@@ -99,8 +106,12 @@ class FFNServer:
         self.half = half
         self.info = WorkerInfo(self.name, os.getpid(), device.type, half.weight_bytes())
         kernels = [kernel_ffn(layer) for layer in half.layers]
+        capture = graph_capture(config, device, computing, self.name)
+        computed_by = (
+            half if capture is None else FFNGraphs(half, capture, max_rows=config.max_num_batched_tokens)
+        )
         self._worker = FFNWorker(
-            self.name, half, listener, kernels=kernels, end_at_failure=config.executor == "ray"
+            self.name, computed_by, listener, kernels=kernels, end_at_failure=config.executor == "ray"
         )
         self._thread = threading.Thread(target=self._worker.serve, name=self.name, daemon=True)
         self._thread.start()
@@ -154,7 +165,10 @@ class AttentionReplica:
         )
         share_bytes = free_kv_cache_bytes(config, device, workers_per_gpu)
         num_blocks = num_blocks_for(spec, config, share_bytes, free_bytes(device))
-        cache = allocate_cache(spec, num_blocks, config.block_size, device, dtype)
+        capture = graph_capture(config, device, computing, self.name)
+        # Graphs need a block more than requests are given: see AttentionGraphs.
+        cache = allocate_cache(spec, num_blocks + (capture is not None), config.block_size, device, dtype)
+        graphs = None if capture is None else _graphs(config, half, cache, capture)
         self._ffn_group = FFNGroup(
             connectors,
             group_layout(config, spec),
@@ -162,14 +176,15 @@ class AttentionReplica:
             dtype=computing.activation_dtype,
             timeout_s=config.ffn_timeout,
         )
-        worker = AttentionWorker(half, cache, self._ffn_group, block_size=config.block_size, device=device)
+        worker = AttentionWorker(
+            half, cache, self._ffn_group, block_size=config.block_size, device=device, graphs=graphs
+        )
         chooser, model = MicroBatchChooser(config.micro_batches), StepTimeModel()
         try:
             self._ffn_group.connect()
-            # The first step touches all memory for the first time: it is no measurement.
-            for plan, timing in worker.warm_up([1, *_warm_up_sizes(config, num_blocks)])[1:]:
-                chooser.observe(timing)
-                model.observe(StepWork.of(plan), timing.total_s)
+            if graphs is not None:
+                _record_graphs(worker, min(graphs.max_rows, _largest_step(config, num_blocks)), config)
+            _warm_up(worker, config, num_blocks, chooser, model)
         except BaseException:
             self._ffn_group.close()
             raise
@@ -221,9 +236,48 @@ class AttentionReplica:
         self._ffn_group.close()
 
 
+def _largest_step(config: ServeConfig, num_blocks: int) -> int:
+    """Requests that may be in decoding at once."""
+    return min(config.max_num_seqs, config.max_num_batched_tokens, num_blocks)
+
+
+def _graphs(
+    config: ServeConfig, half: AttentionHalf, cache: Sequence[Tensor], capture: CUDACapture
+) -> AttentionGraphs:
+    assert config.max_model_len is not None  # it is resolved
+    return AttentionGraphs(
+        half,
+        cache,
+        block_size=config.block_size,
+        max_rows=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        capture=capture,
+    )
+
+
+def _record_graphs(worker: AttentionWorker, largest: int, config: ServeConfig) -> None:
+    """All that steps with so many requests, or fewer, may need, so that none of them is slow, and none is measured so."""
+    num_micro_batches = MAX_MICRO_BATCHES if config.micro_batches == "auto" else int(config.micro_batches)
+    for power in range((largest - 1).bit_length() + 1):
+        worker.record_graphs(min(2**power, largest), num_micro_batches)
+
+
+def _warm_up(
+    worker: AttentionWorker,
+    config: ServeConfig,
+    num_blocks: int,
+    chooser: MicroBatchChooser,
+    model: StepTimeModel,
+) -> None:
+    # The first step touches all memory for the first time: it is no measurement.
+    for plan, timing in worker.warm_up([1, *_warm_up_sizes(config, num_blocks)])[1:]:
+        chooser.observe(timing)
+        model.observe(StepWork.of(plan), timing.total_s)
+
+
 def _warm_up_sizes(config: ServeConfig, num_blocks: int) -> list[int]:
     """Batch sizes to measure at start: powers of two up to a full step, when a choice depends on them."""
-    largest = min(config.max_num_seqs, config.max_num_batched_tokens, num_blocks)
+    largest = _largest_step(config, num_blocks)
     if config.micro_batches != "auto" and config.tpot_sla_ms is None:
         return [largest]
     return [2**power for power in range(largest.bit_length())]

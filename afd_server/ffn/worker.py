@@ -17,6 +17,7 @@ from torch import Tensor
 from afd_server.errors import ServingError
 from afd_server.kernels.hop import KernelFFN
 from afd_server.models.ffn_call import FFNCall
+from afd_server.models.ffn_graphs import FFNGraphs
 from afd_server.models.halves import FFNHalf
 from afd_server.transport.base import IncomingCall, Listener
 
@@ -39,7 +40,7 @@ class FFNWorker:
     def __init__(
         self,
         name: str,
-        half: FFNHalf,
+        half: FFNHalf | FFNGraphs,
         listener: Listener,
         *,
         kernels: Sequence[KernelFFN | None] = (),

@@ -168,7 +168,9 @@ def _experts(reader: _Reader, layer: int, ffn: MoESpec, shard: FFNShard, router:
         start, stop = shard.expert_slice(ffn.shared_intermediate_size)
         shared = reader.operations.mlp(reader.read_mlp("shared", layer, start, stop))
     experts = reader.operations.experts(gate_up, down, first)
-    return MoEFFN(experts, range(first, last), shared=shared, router=router)
+    return MoEFFN(
+        experts, range(first, last), shared=shared, router=router, capturable=reader.operations.capturable
+    )
 
 
 class _Reader:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from afd_server.models.graphs import MAX_ROWS
 from afd_server.models.operations import Experts, GatedMLP
 from afd_server.models.router import ExpertRouter
 
@@ -17,16 +18,23 @@ from afd_server.models.router import ExpertRouter
 class MoEFFN:
     """experts: those with ids in `held`. shared: the shared expert, which every expert shard holds.
 
-    router: None where calls name their experts.
+    router: None where calls name their experts. capturable: a graph may hold what is done for few rows (graphs.py).
     """
 
     def __init__(
-        self, experts: Experts, held: range, *, shared: GatedMLP | None, router: ExpertRouter | None
+        self,
+        experts: Experts,
+        held: range,
+        *,
+        shared: GatedMLP | None,
+        router: ExpertRouter | None,
+        capturable: bool = False,
     ) -> None:
         self.experts = experts
         self._held = held
         self.shared = shared
         self.router = router
+        self._capturable = capturable
 
     def tensors(self) -> list[Tensor]:
         parts = (self.experts, self.shared, self.router)
@@ -52,7 +60,13 @@ class MoEFFN:
     def _add_shared(self, y_TH: Tensor, x_TH: Tensor, topk_ids: Tensor, shared: GatedMLP) -> None:
         """A row's shared expert is computed where its first expert is: by one shard, which is sent the row anyway."""
         first_T = topk_ids[:, 0]
-        rows = ((first_T >= self._held.start) & (first_T < self._held.stop)).nonzero()[:, 0]
+        own_T = (first_T >= self._held.start) & (first_T < self._held.stop)
+        if self._capturable and len(x_TH) <= MAX_ROWS:
+            # For every row: which ones need it the device alone knows. While they are few, what takes time is to read the
+            # weights, and a shard that holds all experts has no other rows.
+            y_TH += shared.forward(x_TH) * own_T[:, None]
+            return
+        rows = own_T.nonzero()[:, 0]
         if len(rows) == len(x_TH):
             y_TH += shared.forward(x_TH)
         elif len(rows):

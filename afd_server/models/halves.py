@@ -122,8 +122,7 @@ class AttentionHalf:
         float32 [N, V], a row for every request that samples, in the batch's order. shortcut: makes the first calls, or all,
         by itself: they are not yielded.
         """
-        x_TH = self._embedding.rows(batch.token_ids)
-        rope = self._rope.table(batch.positions, x_TH.dtype)
+        x_TH, rope = self.begin(batch.token_ids, batch.positions)
         answer_TH: Tensor | None = None
         first = 0
         if shortcut is not None:
@@ -137,7 +136,18 @@ class AttentionHalf:
             call = FFNCall(index, *self._sides[index].forward(x_TH, answer_TH, batch, rope, cache[index]))
             answer_TH = (yield call).to(device=x_TH.device, dtype=x_TH.dtype)
         assert answer_TH is not None
-        x_NH = x_TH[batch.sampled_rows] + answer_TH[batch.sampled_rows]
+        return self.end(x_TH, answer_TH, batch.sampled_rows)
+
+    # What lies before and after the layers.
+
+    def begin(self, token_ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, RopeTable]:
+        """The residual stream [T, H] as it begins, and the angles for all layers."""
+        x_TH = self._embedding.rows(token_ids_T)
+        return x_TH, self._rope.table(positions_T, x_TH.dtype)
+
+    def end(self, x_TH: Tensor, answer_TH: Tensor, sampled_rows: Tensor) -> Tensor:
+        """Float32 logits [N, V] of these rows, from the answer to the last call and the residual stream before it."""
+        x_NH = x_TH[sampled_rows] + answer_TH[sampled_rows]
         normed_NH = self._operations.rms_norm(x_NH, self._final_norm, self.spec.rms_norm_eps)
         return self._lm_head.forward(normed_NH).to(torch.float32)
 
@@ -150,8 +160,7 @@ class FFNHalf:
     ) -> None:
         """dtype: of the activations."""
         self._layers = layers
-        self._device = device
-        self._dtype = dtype
+        self.device, self.dtype = device, dtype
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors held."""
@@ -173,7 +182,7 @@ class FFNHalf:
         layer = self._layers[call.layer]
         if isinstance(layer, DenseFFN) or (call.topk_ids is not None and call.topk_weights is not None):
             return call
-        x_TH = call.x.to(device=self._device, dtype=self._dtype)
+        x_TH = call.x.to(device=self.device, dtype=self.dtype)
         topk_ids, topk_weights = layer.route(x_TH)
         return FFNCall(call.layer, x_TH, topk_ids, topk_weights)
 
@@ -185,18 +194,18 @@ class FFNHalf:
         A call that is to be routed here is routed first (see routed).
         """
         call = self.routed(call)
-        x_TH = call.x.to(device=self._device, dtype=self._dtype)
+        x_TH = call.x.to(device=self.device, dtype=self.dtype)
         layer = self._layers[call.layer]
-        in_place = out is not None and out.dtype is self._dtype and out.device == x_TH.device
+        in_place = out is not None and out.dtype is self.dtype and out.device == x_TH.device
         if isinstance(layer, DenseFFN):
             y_TH = layer.forward(x_TH, out if in_place else None)
         else:
             assert call.topk_ids is not None and call.topk_weights is not None  # routed() saw to it
             ids_TK, weights_TK = call.topk_ids.to(x_TH.device), call.topk_weights.to(x_TH.device)
-            in_place = in_place and self._dtype is torch.float32
+            in_place = in_place and self.dtype is torch.float32
             y_TH = layer.forward(x_TH, ids_TK, weights_TK, out if in_place else None)
         if out is None:
-            return y_TH.to(self._dtype)
+            return y_TH.to(self.dtype)
         return out if in_place else out.copy_(y_TH)
 
 

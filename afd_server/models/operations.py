@@ -62,9 +62,14 @@ class Experts(Protocol):
 
 
 class Operations(Protocol):
-    """One way to compute. activation_dtype: of x wherever it is handed on."""
+    """One way to compute. activation_dtype: of x wherever it is handed on.
+
+    capturable: what is launched for a batch in decoding, and for experts, depends on shapes alone, and the device is not
+    waited for: a CUDA graph can hold it (graphs.py).
+    """
 
     activation_dtype: torch.dtype
+    capturable: bool
 
     def linear(
         self, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), *, exact: bool = False
@@ -176,6 +181,8 @@ class TorchExperts:
 
 class TorchOperations:
     """Weights and activations of one type, as they are loaded."""
+
+    capturable = False
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.activation_dtype = dtype

@@ -98,6 +98,7 @@ class CPUOperations:
     """
 
     activation_dtype = torch.float32
+    capturable = False
 
     def __init__(self, dtype: torch.dtype, quantization: str | None = None) -> None:
         assert quantization in (None, "int8")

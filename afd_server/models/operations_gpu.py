@@ -36,6 +36,8 @@ class GroupedExperts:
 class GPUOperations(TorchOperations):
     """Weights and activations of one type. Prompt chunks, several rows of a request, are attended to by torch."""
 
+    capturable = True
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return add_rms_norm(x, None, weight, eps) if x.dim() == 2 else super().rms_norm(x, weight, eps)
 
@@ -53,7 +55,7 @@ class GPUOperations(TorchOperations):
     def attend(
         self, query_TNK: Tensor, cache: Tensor, batch: AttentionBatch, scale: float, value_dim: int
     ) -> Tensor:
-        if len(batch.requests) != len(query_TNK):
+        if len(batch.lengths) != len(query_TNK):
             return super().attend(query_TNK, cache, batch, scale, value_dim)
         return paged_decode_attention(
             query_TNK, cache, batch.block_tables, batch.lengths, scale, value_dim=value_dim

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from afd_server.cluster import workers
 from afd_server.config import ServeConfig
 from afd_server.llm import LLM
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half
@@ -18,6 +19,8 @@ from afd_server.models.halves import FFNShard, WholeModel
 from afd_server.router.router import Router
 from afd_server.types import GenerationRequest, SamplingParams
 from tests.checkpoints import write_checkpoint, write_tokenizer
+from tests.unit.models.capturable import CapturableOperations
+from tests.unit.models.tape import Tape
 
 pytestmark = pytest.mark.integration
 
@@ -149,6 +152,22 @@ def test_with_the_router_on_the_ffn_side(checkpoints, prompts, family, layout):
     directory = checkpoints(family)
     results = run(directory, prompts, gate_on="ffn", **LAYOUTS[layout])
     assert_same_as_transformers(directory, prompts, results)
+
+
+@pytest.mark.parametrize("settings", [{"micro_batches": "2"}, {"gate_on": "ffn", **LAYOUTS["2A2F ep"]}])
+def test_as_graphs(monkeypatch, checkpoints, prompts, settings):
+    """As workers on a GPU record them, with tapes for graphs."""
+    tapes = []
+
+    def capture(config, device, operations, name):
+        tapes.append(Tape())
+        return tapes[-1]
+
+    monkeypatch.setattr(workers, "graph_capture", capture)
+    monkeypatch.setattr(workers, "operations", lambda config, device: CapturableOperations(torch.float32))
+    directory = checkpoints("deepseek_v3")
+    assert_same_as_transformers(directory, prompts, run(directory, prompts, **settings))
+    assert tapes and all(tape.num_replayed > NUM_TOKENS for tape in tapes)
 
 
 @pytest.mark.parametrize(("wire_dtype", "tolerance"), [("bfloat16", 0.1), ("fp8", 0.5)])

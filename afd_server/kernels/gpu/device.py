@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 
 import torch
 
@@ -12,9 +13,18 @@ import torch
 _INTERPRETED_MULTIPROCESSORS = 3
 
 
-def can_run(device: torch.device) -> bool:
-    """Whether the kernels run on tensors of this device: Triton is installed, and it is a CUDA device or interpreted."""
-    return importlib.util.find_spec("triton") is not None and (device.type == "cuda" or interpreted())
+def what_is_missing(device: torch.device) -> str:
+    """What the kernels need to run on tensors of this device and have not; nothing where all is there."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if interpreted():
+        return ""
+    if device.type != "cuda":
+        return "they are for CUDA devices"
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    if not any(shutil.which(compiler) for compiler in compilers if compiler):
+        return "Triton needs a C compiler"
+    return ""
 
 
 @functools.cache

@@ -7,13 +7,21 @@ import pytest
 import torch
 
 from afd_server.cluster import layout
-from afd_server.cluster.layout import ffn_shard, link_shape, operations, resolve, threads_per_worker
+from afd_server.cluster.layout import (
+    ffn_shard,
+    graph_capture,
+    link_shape,
+    operations,
+    resolve,
+    threads_per_worker,
+)
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError
 from afd_server.kernels.library import KernelBuildError
 from afd_server.models.halves import FFNShard
 from afd_server.models.operations import TorchOperations
 from afd_server.models.operations_cpu import CPUOperations
+from afd_server.models.operations_gpu import GPUOperations
 from afd_server.models.spec import DenseSpec, GQASpec, ModelSpec, MoESpec, RopeSpec
 
 DENSE = ModelSpec(
@@ -129,6 +137,33 @@ def test_without_a_compiler_auto_falls_back_on_torch_and_says_so(no_compiler, ca
 def test_what_was_asked_for_is_not_replaced(no_compiler, asked):
     with pytest.raises(ConfigError, match=r"--kernels: there is no C\+\+ compiler"):
         operations(ServeConfig(model="m", dtype="float32", **asked), CPU)
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("kernels", ["auto", "native", "torch"])
+def test_what_a_gpu_worker_computes_with(monkeypatch, caplog, triton, kernels):
+    monkeypatch.setattr(layout, "what_is_missing", lambda device: "" if triton else f"nothing for {device}")
+    config = ServeConfig(model="m", dtype="bfloat16", kernels=kernels)
+    if kernels == "native" and not triton:
+        with pytest.raises(ConfigError, match="--kernels: no native ones on this GPU: nothing for cuda"):
+            operations(config, CUDA)
+        return
+    computing = operations(config, CUDA)
+    assert type(computing) is (GPUOperations if triton and kernels != "torch" else TorchOperations)
+    assert computing.activation_dtype == torch.bfloat16
+    assert ("nothing for cuda" in caplog.text) == (kernels == "auto" and not triton)
+
+
+def test_graphs_are_for_cuda_devices_and_native_kernels(monkeypatch):
+    monkeypatch.setattr(layout, "CUDACapture", lambda device, name: (device, name))
+    config, native = ServeConfig(model="m", dtype="bfloat16"), GPUOperations(torch.bfloat16)
+    assert graph_capture(config, CUDA, native, "ffn-0") == (CUDA, "ffn-0")
+    assert graph_capture(config, CPU, native, "ffn-0") is None
+    assert graph_capture(config, CUDA, TorchOperations(torch.bfloat16), "ffn-0") is None
+    assert graph_capture(dataclasses.replace(config, enforce_eager=True), CUDA, native, "ffn-0") is None
 
 
 @pytest.mark.parametrize("setting", [{"device": "cuda"}, {"kernels": "torch"}])

@@ -12,7 +12,8 @@ def test_the_kernels_pass_under_the_interpreter(interpreted):
     if interpreted:
         pytest.skip("this process interprets: the tests run in it")
     files = [
-        Path(__file__).with_name(f"test_{name}.py") for name in ("attention", "experts", "rows", "operations")
+        Path(__file__).with_name(f"test_{name}.py")
+        for name in ("attention", "experts", "rows", "operations", "graphs")
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *files],
