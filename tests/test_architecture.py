@@ -17,7 +17,7 @@ PACKAGE = "afd_server"
 # Imports go down only. Rooms of one level may use each other except where the level is marked apart.
 LEVELS = {
     7: {"cli", "llm", "chat", "admin", "serving", "__main__"},
-    6: {"api", "cluster"},
+    6: {"api", "cluster", "simulator"},
     5: {"router"},
     4: {"engine", "attention", "ffn"},
     3: {"kvcache", "transport", "planner", "text", "checkpoints", "bench"},
@@ -64,7 +64,7 @@ STREAMS = {
 # Decisions: their tests run in milliseconds. A folder stands for every module in it.
 TORCH_FREE = (
     "types", "config", "errors", "pipeline", "traffic", "engine.scheduler", "engine.micro_batches", "engine.step_time", "engine.pace", "kvcache.block_pool", "router",
-    "models.spec", "models.families", "planner", "bench",
+    "models.spec", "models.families", "attention.preference", "ffn.merging", "planner", "bench", "simulator",
 )  # fmt: skip
 
 FILE_LINES, FUNCTION_LINES, CLASS_LINES = 400, 60, 300

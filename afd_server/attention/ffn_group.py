@@ -17,6 +17,7 @@ from torch import Tensor
 
 from afd_server.attention.dispatch import GroupLayout, Part, divide, summed
 from afd_server.attention.group_timing import GroupTiming
+from afd_server.attention.preference import by_preference
 from afd_server.errors import (
     WorkerDiedError,
     WorkerError,
@@ -331,15 +332,8 @@ class FFNGroup:
 
     def _choose(self) -> list[list[int]]:
         """Every shard's workers, the one this attention replica prefers first: the load spreads without a word."""
-        choices: list[list[int]] = [[] for _ in range(self._num_shards)]
-        for index in sorted(self._peers):
-            if index not in self._retired and index not in self._given_up:
-                choices[index % self._num_shards].append(index)
-        return [
-            [*found[turn:], *found[:turn]]
-            for found in choices
-            for turn in (self._replica % max(1, len(found)),)
-        ]
+        serving = [index for index in self._peers if index not in self._retired and index not in self._given_up]
+        return by_preference(serving, self._num_shards, self._replica)
 
     def _forget_retired(self) -> None:
         """Between two steps: nothing is under way."""

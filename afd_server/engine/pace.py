@@ -50,7 +50,8 @@ class StepBudget:
         """A request's part goes into the step."""
         self.tokens -= tokens
         self._has_prompts |= tokens > 1
-        self._work += StepWork.part(start, tokens, samples)
+        if not math.isinf(self._limit_s):
+            self._work += StepWork.part(start, tokens, samples)
 
     def close(self) -> None:
         """Nothing more goes into the step: what comes later must not overtake."""

@@ -1,7 +1,7 @@
 """The loop of an FFN worker: take the calls that wait, merge those of one layer, compute this shard's part, answer.
 
-What lives here: the merging and the loop. What does not: the arithmetic (models/halves.py), the bytes (transport/),
-the process around it (cluster/). It never waits for a peer that is absent: what is there is served, oldest first.
+What lives here: the loop. What does not: which calls are merged (merging.py), the arithmetic (models/halves.py), the bytes
+(transport/), the process around it (cluster/). It never waits for a peer that is absent: what is there is served, oldest first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from afd_server.errors import ServingError
+from afd_server.ffn.merging import next_batch
 from afd_server.kernels.hop import KernelFFN
 from afd_server.models.ffn_call import FFNCall
 from afd_server.models.ffn_graphs import FFNGraphs
@@ -134,15 +135,6 @@ class FFNWorker:
             start += rows
         for incoming in batch:
             incoming.finish()
-
-
-def next_batch(waiting: Sequence[IncomingCall]) -> tuple[list[IncomingCall], list[IncomingCall]]:
-    """(the oldest call with all others of its layer, the rest): weights are read once for the whole batch."""
-    if len(waiting) == 1:
-        return [*waiting], []
-    layer = waiting[0].call.layer
-    batch = [incoming for incoming in waiting if incoming.call.layer == layer]
-    return batch, [incoming for incoming in waiting if incoming.call.layer != layer]
 
 
 def merge(calls: Sequence[FFNCall]) -> FFNCall:

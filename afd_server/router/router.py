@@ -45,6 +45,9 @@ class Replica:
 
     client: ReplicaClient
     streams: dict[str, Stream] = field(default_factory=dict)
+    # Prompt tokens of those without output yet, by id, and their sum: with many replicas nobody has the time to count.
+    reading: dict[str, int] = field(default_factory=dict)
+    reading_tokens: int = 0
     reader: asyncio.Task[None] | None = None
     down_since: float | None = None
     reason: str = ""
@@ -59,16 +62,34 @@ class Replica:
     @property
     def load(self) -> ReplicaLoad:
         """For admission."""
-        reading = [stream for stream in self.streams.values() if not stream.has_output]
-        tokens = sum(len(stream.request.prompt_token_ids) for stream in reading)
-        return ReplicaLoad(self.client.worker, len(self.streams), len(reading), tokens, self.stats.forecast)
+        return ReplicaLoad(
+            self.client.worker, len(self.streams), len(self.reading), self.reading_tokens, self.stats.forecast
+        )
 
     @property
     def load_tokens(self) -> int:
-        return sum(
-            REQUEST_TOKENS + (0 if stream.has_output else len(stream.request.prompt_token_ids))
-            for stream in self.streams.values()
-        )
+        return REQUEST_TOKENS * len(self.streams) + self.reading_tokens
+
+    def take(self, stream: Stream) -> None:
+        """It serves this request from now on."""
+        self.streams[stream.request_id] = stream
+        if not stream.has_output:
+            self.reading[stream.request_id] = len(stream.request.prompt_token_ids)
+            self.reading_tokens += self.reading[stream.request_id]
+
+    def note_output(self, request_id: str) -> None:
+        """The prompt has been read."""
+        self.reading_tokens -= self.reading.pop(request_id, 0)
+
+    def release(self, request_id: str) -> None:
+        """It has the request no more."""
+        del self.streams[request_id]
+        self.note_output(request_id)
+
+    def release_all(self) -> list[Stream]:
+        released = list(self.streams.values())
+        self.streams, self.reading, self.reading_tokens = {}, {}, 0
+        return released
 
 
 class Router:
@@ -88,12 +109,14 @@ class Router:
         *,
         admission: Admission | None = None,
         failover_timeout_s: float = FAILOVER_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._replicas = {client.worker: Replica(client) for client in clients}
         self._on_stats = on_stats
         self._on_lost = on_lost
         self._admission = admission
         self._failover_timeout_s = failover_timeout_s
+        self._clock = clock
         self._prefixes = PrefixMemory()
         # Every request under way, and among them those that no replica has.
         self._streams: dict[str, Stream] = {}
@@ -175,8 +198,8 @@ class Router:
         because the time is over. `replace` ends the draining, `remove` the replica."""
         replica = self._replicas[name]
         replica.draining = True
-        deadline = time.monotonic() + timeout_s
-        while replica.streams and time.monotonic() < deadline:
+        deadline = self._clock() + timeout_s
+        while replica.streams and self._clock() < deadline:
             await asyncio.sleep(DRAIN_POLL_S)
         self._move_streams(replica)
 
@@ -212,7 +235,7 @@ class Router:
 
     def health(self) -> list[str]:
         """One sentence for each replica that cannot be reached; none when all is well."""
-        now = time.monotonic()
+        now = self._clock()
         return [
             f"{name} has been out of reach for {now - replica.down_since:.1f} s: {replica.reason}"
             for name, replica in self._replicas.items()
@@ -230,8 +253,7 @@ class Router:
 
     def _move_streams(self, replica: Replica) -> None:
         """The replica's requests go on elsewhere. What it still sends of them reaches nobody."""
-        moved, replica.streams = list(replica.streams.values()), {}
-        for stream in moved:
+        for stream in replica.release_all():
             replica.client.abort(stream.request_id)
             self._place_or_wait(stream)
 
@@ -264,10 +286,12 @@ class Router:
             if stream is None:
                 continue  # its client has left
             stream.put(output)
+            if stream.has_output:
+                replica.note_output(output.request_id)
             if self._admission is not None:
                 self._admission.note_output(stream)
             if output.finish_reason is not None:
-                del replica.streams[output.request_id]
+                replica.release(output.request_id)
                 if self._admission is not None:
                     self._admission.note_end(stream.num_output_tokens)
         self._advance()
@@ -285,7 +309,7 @@ class Router:
             except WorkerError as error:
                 self._lose(replica, error.problem)
                 continue
-            replica.streams[stream.request_id] = stream
+            replica.take(stream)
             self._prefixes.remember(stream.request.prompt_token_ids, replica.client.worker)
             self._orphans.pop(stream, None)
             stream.keep_on()
@@ -325,9 +349,9 @@ class Router:
         """The replica is gone: its requests go on elsewhere, or wait for the one that replaces it."""
         if replica.down_since is not None:
             return
-        replica.down_since, replica.reason = time.monotonic(), reason
+        replica.down_since, replica.reason = self._clock(), reason
         replica.client.close()
-        lost, replica.streams = list(replica.streams.values()), {}
+        lost = replica.release_all()
         logger.error("%s is out of reach with %d requests: %s", replica.client.worker, len(lost), reason)
         if self._on_lost is not None:
             self._on_lost(replica.client.worker, len(lost))
@@ -343,6 +367,6 @@ class Router:
         del self._streams[stream.request_id]
         for replica in self._replicas.values():
             if replica.streams.get(stream.request_id) is stream:
-                del replica.streams[stream.request_id]
+                replica.release(stream.request_id)
                 replica.client.abort(stream.request_id)
         self._advance()

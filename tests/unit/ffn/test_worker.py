@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from afd_server.errors import WorkerDiedError, WorkerFailedError
-from afd_server.ffn.worker import FFNWorker, merge, next_batch
+from afd_server.ffn.merging import next_batch
+from afd_server.ffn.worker import FFNWorker, merge
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import CallTag, LinkShape
 from afd_server.transport.inproc import InprocListener, _InprocCall

@@ -1,29 +1,24 @@
 """The whole promise in simulated time: router, admission and schedulers, under up to three times what they can serve."""
 
 import asyncio
+import dataclasses
 import random
 from contextlib import aclosing
 from dataclasses import dataclass
 
 import pytest
 
-from afd_server.engine.pace import Pace
-from afd_server.engine.scheduler import Scheduler
-from afd_server.engine.step_time import StepTimeModel, StepWork
 from afd_server.errors import OverloadedError
+from afd_server.planner.times import AttentionTimes, FFNTimes, LayerTimes, LinearTimes
 from afd_server.router.admission import Admission
 from afd_server.router.router import Router
+from afd_server.simulator.replica import SimulatedReplica
+from afd_server.simulator.virtual_time import current_events, run_virtual
+from afd_server.simulator.whole_steps import WholeSteps
+from afd_server.simulator.work import StepModel
 from afd_server.telemetry.metrics import Metrics
-from afd_server.types import (
-    GenerationRequest,
-    ReplicaUpdate,
-    SampledToken,
-    SamplingParams,
-    StepOutput,
-    StepTiming,
-)
+from afd_server.types import GenerationRequest, SamplingParams
 from tests.unit.engine.toy_worker import small_config
-from tests.unit.router.virtual_time import run_virtual
 
 TPOT_SLA_S, TTFT_SLA_S = 0.1, 2.0
 SECONDS, SETTLED_S = 50.0, 12.0
@@ -32,72 +27,30 @@ WAY_S = (0.005, 0.03)
 CONFIG = small_config(max_model_len=512, block_size=16, max_num_seqs=256, max_num_batched_tokens=1024)
 
 
-def seconds_of(work):
-    """Weights take 15 ms; then experts, rows, context, prompts and logits."""
-    experts = 16 * (1 - 0.75**work.tokens)
-    return (
-        0.015
-        + 1e-3 * experts
-        + 6e-4 * work.tokens
-        + 3e-6 * work.context_tokens
-        + 3e-7 * work.chunk_pairs
-        + 4e-4 * work.samples
-    )
+# Weights take 15 ms; then experts, rows, context, prompts and logits.
+TIMES = LayerTimes(
+    num_layers=1,
+    attention=AttentionTimes(fixed_s=0.015, row_s=6e-4, context_token_s=3e-6, chunk_pair_s=3e-7),
+    ffn=FFNTimes(expert_s=1e-3, num_experts=16, chosen_share=0.25),
+    overhead=LinearTimes(row_s=4e-4),
+)
 
 
-class SimulatedReplica:
-    """A replica whose steps take what the formula says, and noise; a client for the router."""
+class DisturbedSteps(WholeSteps):
+    """Steps that take longer than the model says, at random."""
 
-    def __init__(self, name, promises, noise):
-        self.worker = name
-        self._time = asyncio.get_running_loop().time
-        self._noise, self._random = noise, random.Random(name)
-        self._model = StepTimeModel()
-        for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            work = StepWork(count, count, 0, count)
-            self._model.observe(work, self._seconds(work))
-        pace = Pace(TPOT_SLA_S if promises else None, CONFIG.max_num_seqs, self._model, clock=self._time)
-        self._scheduler = Scheduler(CONFIG, num_blocks=8192, eos_token_ids=(), pace=pace)
-        self._new, self._wake = [], asyncio.Event()
-        self.errors = []
+    def __init__(self, events, noise, seed):
+        super().__init__(events, TIMES)
+        self._noise, self._random = noise, random.Random(seed)
 
-    def submit(self, request):
-        self._new.append(request)
-        self._wake.set()
-
-    def abort(self, request_id):
-        self._new.append(request_id)
-        self._wake.set()
-
-    def close(self):
-        pass
-
-    async def updates(self):
-        while True:
-            for command in self._new:
-                if isinstance(command, str):
-                    self._scheduler.abort(command)
-                else:
-                    self._scheduler.add(command)
-            self._new.clear()
-            plan = self._scheduler.schedule(lambda num_tokens: 1)
-            if plan is None:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            work = StepWork.of(plan)
-            seconds = self._seconds(work)
-            self.errors.append(abs(self._model.predict_s(work) - seconds) / seconds)
-            await asyncio.sleep(seconds)
-            parts = [part for micro_batch in plan.micro_batches for part in micro_batch if part.samples]
-            tokens = tuple(SampledToken(part.request_id, 1) for part in parts)
-            outputs = self._scheduler.complete(StepOutput(plan.step, tokens, StepTiming(seconds)))
-            self._model.observe(work, seconds)
-            yield ReplicaUpdate(tuple(outputs), self._scheduler.stats())
-
-    def _seconds(self, work):
+    def begin(self, replica, hops, overhead_s, ended):
         disturbed = 4 if self._random.random() < self._noise / 10 else 1
-        return seconds_of(work) * disturbed * (1 + self._noise * self._random.random())
+        factor = disturbed * (1 + self._noise * self._random.random())
+        hops = [
+            dataclasses.replace(hop, attention_s=factor * hop.attention_s, ffn_s=factor * hop.ffn_s)
+            for hop in hops
+        ]
+        return super().begin(replica, hops, factor * overhead_s, ended)
 
 
 @dataclass
@@ -119,7 +72,14 @@ class Outcome:
 async def _serve(rate, promises, noise, replicas):
     """Poisson arrivals of this many requests a second; their outcomes."""
     loop, generator, ways, outcomes = asyncio.get_running_loop(), random.Random(7), random.Random(8), []
-    clients = [SimulatedReplica(f"attention-{index}", promises, noise) for index in range(replicas)]
+    config = dataclasses.replace(CONFIG, tpot_sla_ms=TPOT_SLA_S * 1e3 if promises else None)
+    clients = []
+    for index in range(replicas):
+        steps = DisturbedSteps(
+            current_events(), noise, seed=f"attention-{index}"
+        )  # each has FFN workers of its own
+        steps.know([index])
+        clients.append(SimulatedReplica(f"attention-{index}", index, config, 8192, StepModel(TIMES), steps))
     admission = Admission(TPOT_SLA_S, TTFT_SLA_S, 256, Metrics("m"), clock=loop.time) if promises else None
 
     async def one(number, came_s, router):
@@ -149,7 +109,7 @@ async def _serve(rate, promises, noise, replicas):
         while (came_s := came_s + generator.expovariate(rate)) < SECONDS:
             number += 1
             tasks.create_task(one(number, came_s, router))
-    return outcomes, [error for client in clients for error in client.errors]
+    return outcomes
 
 
 def serve(rate, *, promises=True, noise=0.0, replicas=1):
@@ -176,7 +136,7 @@ CASES = [(0.0, 1, 4.4, 0.9), (0.5, 2, 4.4, 0.8)]
 def loads(request):
     """Outcomes by the share of the capacity that was offered."""
     noise, replicas, capacity, _ = request.param
-    return {part: serve(part * capacity, noise=noise, replicas=replicas)[0] for part in (0.5, 2, 3)}
+    return {part: serve(part * capacity, noise=noise, replicas=replicas) for part in (0.5, 2, 3)}
 
 
 def test_goodput_at_twice_the_load_stays_near_the_peak(loads, request):
@@ -206,4 +166,4 @@ def test_a_quiet_tenant_does_not_suffer_from_a_busy_one(loads):
 
 def test_without_a_promise_twice_the_load_is_good_for_nobody():
     _, replicas, capacity, _ = CASES[0]
-    assert goodput(serve(2 * capacity, promises=False, replicas=replicas)[0]) < 0.5 * capacity
+    assert goodput(serve(2 * capacity, promises=False, replicas=replicas)) < 0.5 * capacity
