@@ -21,6 +21,8 @@ from afd_server.traffic import Arrival
 from afd_server.types import FinishReason, GenerationRequest, ReplicaUpdate, SamplingParams
 
 READ_EVERY_S = 2.0
+# Clients that ask again and again begin one by one over this share of a run: all at once, steps would begin together and stay so.
+RAMP = 0.1
 # Contents of prompts: the first tokens tell requests apart, so that no two share a prefix.
 FILLING = (1,) * (1 << 20)
 VOCABULARY = 1 << 16
@@ -97,6 +99,7 @@ class Clients:
 
     async def _ask_again(self, number: int, demand: Demand, duration_s: float) -> None:
         generator = random.Random(f"{demand.seed}-{number}")
+        await asyncio.sleep(generator.random() * RAMP * duration_s)
         while self._time() < duration_s:
             outcome = await self.ask(demand.draw(self._time(), generator))
             if outcome.num_tokens == 0:  # whoever was refused does not hammer at the door

@@ -99,7 +99,8 @@ class Result:
 
     @property
     def ffn_utilisation(self) -> float:
-        return self._grown("ffn_s") / max(self._grown("ffn_worker_s"), 1e-9)
+        """Of whole steps it is an estimate, which may come to a little more than there is."""
+        return min(1.0, self._grown("ffn_s") / max(self._grown("ffn_worker_s"), 1e-9))
 
     @property
     def num_steps(self) -> int:

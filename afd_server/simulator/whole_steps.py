@@ -3,12 +3,12 @@
 What lives here: that estimate, for clusters whose hops are too many to count one by one (1,000 replicas make a billion an hour).
 What does not: the count itself (hop_by_hop.py), which this is made of and compared with in the tests.
 
-    seconds(step) = alone(step) + delay(k, m, a, f, w)
+    seconds(step) = alone(step) + delay(k, m, a, f, w, overhead)
 
 alone: the pipeline's own prediction of this step on idle FFN workers. delay: what a step loses in the queue of the FFN workers,
-which k steps share now: a window of k equal steps of their mean work (m micro-batches with attention a, FFN f and wire w a hop)
-is executed hop by hop, some steps each, from random phases, with attention times spread by SPREAD; it takes that much longer than
-one alone. Windows are remembered by their work in steps of GRAIN. So this is exact for a step alone, close for a busy group of
+which k steps share now, less what it wins by calls that are merged there: a window of k equal steps of their mean work (m
+micro-batches with attention a, FFN f and wire w a hop, and what comes between two steps) is executed hop by hop, some steps each, from random phases, with attention
+times spread by SPREAD; it takes that much longer than predicted. Windows are remembered by their work in steps of GRAIN. So this is exact for a step alone, close for a busy group of
 like steps, and approximate where a long prompt meets short steps, or where a step's company changes on its way.
 
 Where a worker is lost, its callers share those of the next replica from their next step on; where there is none, their steps
@@ -36,17 +36,33 @@ GRAIN = 0.1
 # Attention times of a window's steps, around their mean: replicas that are exactly alike would meet at every layer.
 SPREAD = 0.1
 # Steps of each replica in a window, and how many of them come before the measurement.
-WINDOW_STEPS, SETTLING_STEPS = 6, 2
+WINDOW_STEPS, SETTLING_STEPS = 10, 6
 # Up to so many steps in a group their number is taken as it is, beyond it in shares of GRAIN.
 FEW = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What a window of steps showed. delay_s: of a step, by its company. busy_s: of one FFN worker, for one step's calls."""
+    """What a window of steps showed. delay_s: of a step, beyond its prediction; below 0 where its own calls are merged. busy_s: of one FFN worker, for one step's calls."""
 
     delay_s: float
     busy_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the steps of a window are like. slowness: of the FFN worker. overhead_s: between two steps of a replica."""
+
+    num_micro_batches: int
+    mean: HopTimes
+    slowness: float
+    overhead_s: float
+
+    @property
+    def grains(self) -> tuple[int, ...]:
+        """Equal for shapes that count as one. The times of FFN and wire follow from the tokens."""
+        values = self.mean.attention_s, self.mean.tokens, self.slowness, self.overhead_s
+        return self.num_micro_batches, *map(_grain, values)
 
 
 class Windows:
@@ -74,58 +90,57 @@ class Windows:
             return unit_s * self._times.num_layers
         return relative * unit_s
 
-    def delay(self, count: int, num_micro_batches: int, mean: HopTimes, slowness: float) -> Window:
+    def delay(self, count: int, shape: Shape) -> Window:
         """Of one step among `count`."""
         low = _near(count)
-        window = self._window(low, num_micro_batches, mean, slowness)
+        window = self._window(low, shape)
         if low == count:
             return window
-        high = self._window(_near(low + 1, up=True), num_micro_batches, mean, slowness)
-        share = (count - low) / (_near(low + 1, up=True) - low)
+        above = _near(low + 1, up=True)
+        high = self._window(above, shape)
+        share = (count - low) / (above - low)
         return Window(
             window.delay_s + share * (high.delay_s - window.delay_s),
             window.busy_s + share * (high.busy_s - window.busy_s),
         )
 
-    def _window(self, count: int, num_micro_batches: int, mean: HopTimes, slowness: float) -> Window:
-        grains = [_grain(seconds) for seconds in (mean.attention_s, mean.tokens, slowness)]
-        key = (count, num_micro_batches, *grains)
+    def _window(self, count: int, shape: Shape) -> Window:
+        key = (count, *shape.grains)
         window = self._known.get(key)
         if window is None:
-            window = self._known[key] = self._execute(count, num_micro_batches, mean, slowness)
+            window = self._known[key] = self._execute(count, shape)
         return window
 
-    def _execute(self, count: int, num_micro_batches: int, mean: HopTimes, slowness: float) -> Window:
+    def _execute(self, count: int, shape: Shape) -> Window:
+        mean, slowness = shape.mean, shape.slowness
         events, generator = Events(), random.Random(count)
         execution = HopByHop(events, self._times, slowness={0: slowness})
-        total_s = measured_s = 0.0
-        num_left = count
+        late_s, num_left = 0.0, count
 
-        def start(replica: int, hops: Sequence[HopTimes], step: int) -> None:
-            execution.begin(replica, hops, 0.0, lambda ended: end(replica, hops, step, ended))
-
-        def end(replica: int, hops: Sequence[HopTimes], step: int, ended: StepTiming | WorkerError) -> None:
-            nonlocal total_s, measured_s, num_left
-            assert isinstance(ended, StepTiming)
-            if SETTLING_STEPS <= step < WINDOW_STEPS:
-                total_s += ended.total_s
-                measured_s += alone[replica]
-            num_left -= step == WINDOW_STEPS - 1
-            if num_left:  # the others keep it company until all have been measured
-                start(replica, hops, step + 1)
-
-        alone = []
-        for replica in range(count):
+        def start(replica: int, step: int) -> None:
             spread = 1 + SPREAD * (2 * generator.random() - 1)
             hops = [HopTimes(mean.tokens, spread * mean.attention_s, slowness * mean.ffn_s, mean.wire_s)]
-            hops *= num_micro_batches
-            alone.append(predict_step_s(hops, self._times.num_layers))
-            events.at(generator.random() * alone[-1], start, replica, hops, 0)
+            hops *= shape.num_micro_batches
+            alone_s = predict_step_s(hops, self._times.num_layers) + shape.overhead_s
+            execution.begin(replica, hops, shape.overhead_s, lambda ended: end(replica, step, alone_s, ended))
+
+        def end(replica: int, step: int, alone_s: float, ended: StepTiming | WorkerError) -> None:
+            nonlocal late_s, num_left
+            assert isinstance(ended, StepTiming)
+            if SETTLING_STEPS <= step < WINDOW_STEPS:
+                late_s += ended.total_s - alone_s
+            num_left -= step == WINDOW_STEPS - 1
+            if num_left:  # the others keep it company until all have been measured
+                start(replica, step + 1)
+
+        usual_s = self.alone_s([mean] * shape.num_micro_batches) + shape.overhead_s
+        for replica in range(count):
+            events.at(generator.random() * usual_s, start, replica, 0)
         events.run_until(math.inf)
         worker = execution.workers[0]
-        num_calls = self._times.num_layers * num_micro_batches
+        num_calls = self._times.num_layers * shape.num_micro_batches
         measured = count * (WINDOW_STEPS - SETTLING_STEPS)
-        return Window(max(0.0, (total_s - measured_s) / measured), worker.busy_s / worker.num_calls * num_calls)
+        return Window(late_s / measured, worker.busy_s / worker.num_calls * num_calls)
 
 
 def _grain(value: float) -> int:
@@ -151,6 +166,7 @@ class Group:
     ffn_s: float = 0.0
     wire_s: float = 0.0
     tokens: float = 0.0
+    overhead_s: float = 0.0
     busy_s: float = 0.0
 
     def add(self, step: WholeStep, sign: int) -> None:
@@ -160,21 +176,24 @@ class Group:
         self.ffn_s += sign * mean.ffn_s
         self.wire_s += sign * mean.wire_s
         self.tokens += sign * mean.tokens
+        self.overhead_s += sign * step.overhead_s
 
-    def mean(self) -> HopTimes:
+    def shape(self, num_micro_batches: int) -> Shape:
         count = self.num_steps
-        return HopTimes(self.tokens / count, self.attention_s / count, self.ffn_s / count, self.wire_s / count)
+        mean = HopTimes(self.tokens / count, self.attention_s / count, self.ffn_s / count, self.wire_s / count)
+        return Shape(num_micro_batches, mean, self.slowness, self.overhead_s / count)
 
 
 class WholeStep:
     """A step under way. It ends at a time, unless it stands still."""
 
-    __slots__ = ("_ended", "_ends_s", "_events", "_is_over", "_left_s", "_life", "_timing", "groups", "mean",
+    __slots__ = ("_ended", "_ends_s", "_events", "_is_over", "_left_s", "_life", "_timing", "groups", "mean", "overhead_s",
                  "replica")  # fmt: skip
 
-    def __init__(self, events: Events, replica: int, mean: HopTimes, ended: Ended) -> None:
+    def __init__(self, events: Events, replica: int, mean: HopTimes, overhead_s: float, ended: Ended) -> None:
         self.replica = replica
         self.mean = mean
+        self.overhead_s = overhead_s
         self.groups: Sequence[Group] = ()
         self._events = events
         self._ended = ended
@@ -257,20 +276,20 @@ class WholeSteps:
         mean = hops[0] if count == 1 else HopTimes(
             *(sum(values) / count for values in zip(*((h.tokens, h.attention_s, h.ffn_s, h.wire_s) for h in hops), strict=True))
         )  # fmt: skip
-        step = self._steps[replica] = WholeStep(self.events, replica, mean, ended)
+        step = self._steps[replica] = WholeStep(self.events, replica, mean, overhead_s, ended)
         slowness = max((group.slowness for group in groups), default=1.0)
         if slowness != 1:
             hops = [HopTimes(h.tokens, h.attention_s, slowness * h.ffn_s, h.wire_s) for h in hops]
         alone_s = self._windows.alone_s(hops)
-        delay_s = 0.0
         step.groups = groups
+        delays_s = []
         for group in groups:
             group.add(step, 1)
-            window = self._windows.delay(group.num_steps, count, group.mean(), group.slowness)
-            delay_s = max(delay_s, window.delay_s)
+            window = self._windows.delay(group.num_steps, group.shape(count))
+            delays_s.append(window.delay_s)
             group.busy_s += window.busy_s
         attention_s = num_layers * sum(each.attention_s for each in hops)
-        total_s = alone_s + delay_s
+        total_s = max(alone_s + max(delays_s, default=0.0), attention_s)
         step.run(
             StepTiming(
                 total_s=total_s + overhead_s,
