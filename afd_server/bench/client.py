@@ -19,7 +19,7 @@ from afd_server.bench.outcome import Outcome
 from afd_server.errors import ServingError
 
 READ_BYTES = 1 << 18
-MESSAGE_CHARACTERS = 300
+ERROR_BYTES, MESSAGE_CHARACTERS = 4096, 300
 MAX_LINE_BYTES = 1 << 24
 MODELS_TIMEOUT_S = 30.0
 # Shorter than servers keep an idle connection open: none is used again just as the server closes it.
@@ -146,17 +146,19 @@ class Client:
             kind, message = "connection lost", str(error) or type(error).__name__
         else:
             return Outcome(due_s, sent_s, tuple(stream.chunks_s), stream.input_tokens, stream.output_tokens)
+        # It is shown in a terminal, which must not obey it.
+        message = "".join(character if character.isprintable() else " " for character in message)
         return Outcome(due_s, sent_s, error=kind, message=" ".join(message.split())[:MESSAGE_CHARACTERS])
 
     def _body(self, prompt: Prompt) -> bytes:
-        content: dict[str, Any] = {"prompt": prompt.text}
+        content: dict[str, Any] = {"prompt": prompt.text, "max_tokens": prompt.output_tokens}
         if self.target.is_chat:
-            content = {"messages": [{"role": "user", "content": prompt.text}]}
+            messages = [{"role": "user", "content": prompt.text}]
+            content = {"messages": messages, "max_completion_tokens": prompt.output_tokens}
         return msgspec.json.encode(
             {
                 "model": self.target.model,
                 **content,
-                "max_tokens": prompt.output_tokens,
                 "stream": True,
                 "stream_options": {"include_usage": True},
                 **self.target.fields,
@@ -168,7 +170,8 @@ class Client:
         url = f"{self.target.url}{self.target.endpoint}"
         async with self._session.post(url, data=body) as response:
             if response.status != 200:
-                raise _FailedError(f"HTTP {response.status}", (await response.read()).decode(errors="replace"))
+                words = (await response.content.read(ERROR_BYTES)).decode(errors="replace")
+                raise _FailedError(f"HTTP {response.status}", words)
             async for block in response.content.iter_any():
                 stream.feed(block)
         stream.check()

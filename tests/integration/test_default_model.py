@@ -1,6 +1,5 @@
 """The default model behind real Ray actors, through the openai client: what `make serve` gives a user."""
 
-import asyncio
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from afd_server.checkpoints.default_model import afd_home, default_model
-from tests.server_process import Server
+from tests.server_process import Server, afd
 
 pytestmark = pytest.mark.integration
 
@@ -103,21 +102,18 @@ def test_n_choices_and_a_seed(client):
     assert ask() == first
 
 
-def test_32_concurrent_streams_finish(server):
-    async def one(client, number):
-        stream = await client.completions.create(
-            model="smol", prompt=f"Story number {number}:", max_tokens=24, stream=True, seed=number,
-            extra_body={"ignore_eos": True}, stream_options={"include_usage": True},
-        )  # fmt: skip
-        chunks = [chunk async for chunk in stream]
-        assert chunks[-2].choices[0].finish_reason == "length"
-        return chunks[-1].usage.completion_tokens
-
-    async def all_of_them():
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=300) as client:
-            return await asyncio.gather(*(one(client, number) for number in range(32)))
-
-    assert asyncio.run(all_of_them()) == [24] * 32
+def test_32_concurrent_streams_finish_and_afd_bench_counts_what_the_server_counts(server):
+    before = server.metric("afd:generation_tokens_total")
+    run = afd("bench", "serve", "--base-url", server.url, "--num-prompts", 32, "--random-input-len", 8,
+              "--random-output-len", 24, "--ignore-eos")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert (result["completed"], result["failed"]) == (32, 0)
+    assert result["total_output_tokens"] == 32 * 24
+    assert result["total_input_tokens"] == pytest.approx(32 * 8, rel=0.2)
+    assert 0 < result["p50_ttft_ms"] <= result["p50_e2el_ms"]
+    # Besides, one request to warm up, and two of a token each to learn how the server counts words.
+    assert server.metric("afd:generation_tokens_total") - before == 33 * 24 + 2
 
 
 def test_a_client_that_leaves_frees_its_blocks(server):

@@ -114,6 +114,6 @@ class ScriptedServer:
 def counting(body):
     """An answer of as many tokens as are asked for. A word of the prompt is a token, and there is one more."""
     words = body["prompt"].split() if "prompt" in body else body["messages"][0]["content"].split()
-    tokens = body["max_tokens"]
+    tokens = body["max_tokens"] if "prompt" in body else body["max_completion_tokens"]
     stream = [(0.0, text(" word")) for _ in range(tokens)]
     return [*stream, (0.0, usage(len(words) + 1, tokens)), (0.0, DONE)]

@@ -56,6 +56,7 @@ async def test_a_chat_begins_with_its_first_word_and_not_with_who_speaks():
     outcome, server = await outcome_of(script, chat=True)
     assert outcome.chunks_s == (2.0, 3.0, 4.0)
     assert server.bodies[0]["messages"] == [{"role": "user", "content": "one two three"}]
+    assert server.bodies[0]["max_completion_tokens"] == 4
 
 
 async def test_headers_and_fields_go_with_every_request():
@@ -89,6 +90,12 @@ async def test_an_answer_that_is_none_is_an_error_of_its_kind(script, kind, word
 async def test_a_refusal_is_told_by_its_status():
     outcome, _ = await outcome_of([], status=429)
     assert (outcome.error, json.loads(outcome.message)) == ("HTTP 429", {"error": {"message": "no room"}})
+
+
+async def test_an_error_is_one_line_that_no_terminal_obeys():
+    outcome, _ = await outcome_of([(1.0, event({"error": "first\nsecond \x1b[2J" + 1000 * "x"}))])
+    assert outcome.message.startswith("first second [2Jxxx")
+    assert len(outcome.message) == 300
 
 
 async def test_a_connection_that_breaks_in_the_middle_is_an_error():
