@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from afd_server.bench.client import Target
+from afd_server.bench.client import BenchError, Target
 from afd_server.bench.dataset import DatasetSettings
 from afd_server.bench.session import Session, opened
 from afd_server.errors import ConfigError
@@ -23,7 +23,7 @@ HEADS = f"{'server':<16} {'clients':>7} {'output tok/s':>13} {'TPOT p50 ms':>12}
 
 @dataclass(frozen=True)
 class Point:
-    """One server under one load. Times are medians over its requests; TPOT is None where each answer is one token."""
+    """One server under one load. Times are medians over its requests."""
 
     server: str
     max_concurrency: int
@@ -35,6 +35,9 @@ class Point:
 
     @classmethod
     def of(cls, server: str, summary: Mapping[str, Any]) -> Self:
+        """Raises BenchError."""
+        if summary["median_tpot_ms"] is None:
+            raise BenchError(f"{server}: answers of a single token have no time per token")
         names = [field.name for field in fields(cls) if field.name != "server"]
         values: dict[str, Any] = {name: summary[name] for name in names}
         return cls(server, **values)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afd_server.bench import plot
+from afd_server.bench.client import BenchError
 from afd_server.bench.pareto import Point, by_server, check_names, front, read, result
 from afd_server.errors import ConfigError
 
@@ -67,6 +68,11 @@ def test_a_file_that_is_no_sweep_is_named(tmp_path, content):
     file.write_text(content)
     with pytest.raises(ConfigError, match=r"other\.json is not a result"):
         read(file)
+
+
+def test_answers_of_one_token_have_no_point():
+    with pytest.raises(BenchError, match="a: answers of a single token"):
+        Point.of("a", {"median_tpot_ms": None})
 
 
 def test_two_servers_of_one_name_are_refused():
