@@ -128,7 +128,7 @@ def test_pareto_measures_servers_in_turns_and_draws_them(capsys, tmp_path):
     with served() as one, served() as other:
         code, result, _, err = bench(
             capsys, "pareto", "--server", f"one={one.url}", f"other={other.url}", *SHORT, "--max-concurrency", 1, 2,
-            "--probe-seconds", 0.05, "--plot", tmp_path / "sweep.png", "--result-filename", tmp_path / "sweep.json",
+            "--probe-seconds", 0.05, "--plot", tmp_path / "sweep.png", "--tpot-sla-ms", 50, "--result-filename", tmp_path / "sweep.json",
         )  # fmt: skip
         assert code == 0, err
         assert [(point["server"], point["max_concurrency"]) for point in result["points"]] == [
