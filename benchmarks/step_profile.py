@@ -12,7 +12,7 @@ of a concurrency start together; only steps that decode all of them count. Colum
     waiting    the attention worker handed calls over or waited. With one micro-batch that is FFN and wire; with more, the
                FFN also computes while attention does
     sampling   the rest of the step's execution: tensors of the batch, sampling
-    between    schedule, account, publish
+    between    schedule, account
 
 So step = attention + waiting + sampling + between. `--transport direct` runs both halves on one thread. The last line is
 JSON.
@@ -30,7 +30,6 @@ import secrets
 import statistics
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,6 @@ from afd_server.types import GenerationRequest, ReplicaUpdate, SamplingParams, S
 COLUMNS = ("step", "attention", "FFN", "wire", "waiting", "sampling", "between")
 SECRET_VARIABLE = "PROFILE_SECRET"
 STEP_TIMEOUT_S = 300.0
-
-Timed = tuple[float, StepTiming]  # when the step ended, and what it took
 
 
 def configuration(arguments: argparse.Namespace) -> ServeConfig:
@@ -76,41 +73,37 @@ class Run:
     """Requests on an attention replica, and the steps that they took."""
 
     def __init__(self, config: ServeConfig, connector: Any, vocab_size: int) -> None:
-        self._updates: queue.SimpleQueue[tuple[float, ReplicaUpdate]] = queue.SimpleQueue()
+        self._updates: queue.SimpleQueue[ReplicaUpdate] = queue.SimpleQueue()
         self._vocab_size = vocab_size
-        self.replica = AttentionReplica(config, 0, {0: connector}, self._note, workers_per_gpu=2)
+        self.replica = AttentionReplica(config, 0, {0: connector}, self._updates.put, workers_per_gpu=2)
 
-    def _note(self, update: ReplicaUpdate) -> None:
-        self._updates.put((time.perf_counter(), update))
-
-    def steps(self, concurrency: int, input_tokens: int, output_tokens: int) -> list[Timed]:
+    def steps(self, concurrency: int, input_tokens: int, output_tokens: int) -> list[StepTiming]:
         """Every step until all requests have ended."""
         generator = random.Random(concurrency)
         sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
         for _ in range(concurrency):
             prompt = tuple(generator.randrange(self._vocab_size) for _ in range(input_tokens))
             self.replica.loop.submit(GenerationRequest(secrets.token_hex(8), prompt, sampling))
-        running, taken = concurrency, []
+        running, taken = concurrency, list[StepTiming]()
         while running:
-            ended_at, update = self._updates.get(timeout=STEP_TIMEOUT_S)
+            update = self._updates.get(timeout=STEP_TIMEOUT_S)
             errors = [output.error for output in update.outputs if output.error]
             if errors:
                 raise RuntimeError(errors[0])
             running -= sum(output.finish_reason is not None for output in update.outputs)
             if update.stats.timing is not None:
-                taken.append((ended_at, update.stats.timing))
+                taken.append(update.stats.timing)
         return taken
 
 
-def breakdown(steps: list[Timed], concurrency: int) -> dict[str, float]:
+def breakdown(steps: list[StepTiming], concurrency: int) -> dict[str, float]:
     """Medians in microseconds over the steps that decode everything and follow such a step."""
     rows = []
-    for (before, previous), (ended_at, timing) in itertools.pairwise(steps):
+    for previous, timing in itertools.pairwise(steps):
         if previous.num_tokens == timing.num_tokens == concurrency:
-            step_s = ended_at - before
             sampling_s = timing.total_s - timing.attention_s - timing.bubble_s
-            rows.append((step_s, timing.attention_s, timing.ffn_s, timing.wire_s, timing.bubble_s, sampling_s,
-                         step_s - timing.total_s))  # fmt: skip
+            rows.append((timing.period_s, timing.attention_s, timing.ffn_s, timing.wire_s, timing.bubble_s, sampling_s,
+                         timing.period_s - timing.total_s))  # fmt: skip
     return {
         column: round(statistics.median(row[index] for row in rows) * 1e6)
         for index, column in enumerate(COLUMNS)
@@ -127,7 +120,7 @@ def profile(config: ServeConfig, connector: Any, arguments: argparse.Namespace) 
         for concurrency in arguments.concurrency:
             steps = run.steps(concurrency, arguments.input_tokens, arguments.output_tokens)
             parts = breakdown(steps, concurrency)
-            decoding = [timing for _, timing in steps if timing.num_tokens == concurrency]
+            decoding = [timing for timing in steps if timing.num_tokens == concurrency]
             micro_batches = statistics.mean(timing.num_micro_batches for timing in decoding)
             per_hop = round(statistics.median(timing.wire_s / timing.num_hops for timing in decoding) * 1e6, 1)
             print(f"{concurrency:>7}" + "".join(f"{parts[column]:>11}" for column in COLUMNS)

@@ -2,8 +2,12 @@
 
 Both sides run the code of a server (FFNGroup, links, listener, FFNWorker); the FFN is an echo that writes each row
 back, and the time it takes is taken off. So what is left is the hop's own cost: encode, push, wake, serve, wake, sum.
-The last column is the same path driven by one thread, which wakes nobody: the part that is Python. Prints
-microseconds as a table; the last line is the same as JSON.
+"no Python" is the way that most steps on a CPU take: both sides' loops in C++ (kernels/hop.py), a layer with one small head
+and small experts around them, whose time is taken off too.
+
+Columns, microseconds: one call at a time, where the other side's core has gone to sleep meanwhile; the same with a process
+of the lowest priority on each core, so that none sleeps, as in a step that computes; 3 calls under way; and the path driven
+by one thread, which wakes nobody: the part that is Python. The last line is JSON.
 
     python benchmarks/transport_roundtrip.py [--count 1000]
 """
@@ -11,6 +15,7 @@ microseconds as a table; the last line is the same as JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -18,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +33,10 @@ from torch import Tensor
 from afd_server.attention.dispatch import GroupLayout
 from afd_server.attention.ffn_group import FFNGroup
 from afd_server.ffn.worker import FFNWorker
+from afd_server.kernels.experts import PackedExperts
+from afd_server.kernels.hop import KernelFFN, LayerLoop
+from afd_server.kernels.layer import AttentionKernel, AttentionNumbers, Routing
+from afd_server.kernels.matmul import PackedMatrix
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import Endpoint, LinkShape
 from afd_server.transport.connect import connect
@@ -39,6 +49,15 @@ IN_FLIGHT = 3
 DEADLINE_S = 30.0
 WARM_UP = 50  # the first ones touch the memory for the first time
 SECRET_VARIABLE = "ROUNDTRIP_SECRET"
+# Of the layer without Python: as little computing as there can be.
+HEAD_DIM, EXPERT_WIDTH, BLOCK_SIZE = 16, 16, 16
+ECHO_LAYER = 1
+# Takes whatever time nobody else wants on one core, which so never sleeps.
+KEEP_AWAKE = "import os, sys; os.sched_setaffinity(0, {{{core}}}); os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
+
+COLUMNS = ("p50", "p99", "awake p50", "awake p99", "3 under way", "one thread")
+
+Hop = Callable[[int], float]  # number of the step -> seconds
 
 
 class Echo:
@@ -54,15 +73,22 @@ class Echo:
 def serve() -> None:
     """The FFN process, until it is killed."""
     torch.set_num_threads(1)
-    worker, listener = echo_worker(os.environ[SECRET_VARIABLE].encode())
+    experts = PackedExperts.pack(
+        list(torch.randn(NUM_EXPERTS, 2 * EXPERT_WIDTH, HIDDEN_SIZE)),
+        list(torch.randn(NUM_EXPERTS, HIDDEN_SIZE, EXPERT_WIDTH)),
+        "float32",
+    )
+    # A layer that the loop in C++ serves, and one that it leaves to the echo.
+    kernels = [KernelFFN(experts, 0, NUM_EXPERTS, routed=True), None]
+    worker, listener = echo_worker(os.environ[SECRET_VARIABLE].encode(), kernels)
     print(json.dumps([listener.endpoint.unix_name, listener.endpoint.port]), flush=True)
     worker.serve()
 
 
-def echo_worker(secret: bytes) -> tuple[FFNWorker, SocketListener]:
+def echo_worker(secret: bytes, kernels: Sequence[KernelFFN | None] = ()) -> tuple[FFNWorker, SocketListener]:
     listener = SocketListener("ffn-0", "here", secret)
     half: Any = Echo()
-    return FFNWorker("ffn-0", half, listener), listener
+    return FFNWorker("ffn-0", half, listener, kernels=kernels), listener
 
 
 def group_to(endpoint: Endpoint, transport: str, secret: bytes) -> FFNGroup:
@@ -73,23 +99,76 @@ def group_to(endpoint: Endpoint, transport: str, secret: bytes) -> FFNGroup:
 
 def call_of(rows: int) -> FFNCall:
     ids = torch.randint(0, NUM_EXPERTS, (rows, TOP_K), dtype=torch.int32)
-    return FFNCall(0, torch.randn(rows, HIDDEN_SIZE), ids, torch.rand(rows, TOP_K))
+    return FFNCall(ECHO_LAYER, torch.randn(rows, HIDDEN_SIZE), ids, torch.rand(rows, TOP_K))
 
 
-def one_at_a_time(group: FFNGroup, rows: int, count: int) -> dict[str, float]:
-    """p50 and p99 of the round trip less the echo's own time; microseconds."""
-    call, hops_us = call_of(rows), []
-    for step in range(count + WARM_UP):
+def long_hop(group: FFNGroup, rows: int) -> Hop:
+    """The round trip less the echo's own time."""
+    call = call_of(rows)
+
+    def hop(step: int) -> float:
         group.begin_step(step)
         started = time.perf_counter()
         group.send(0, call)
         group.receive(0)
-        hops_us.append((time.perf_counter() - started - group.timing.ffn_s) * 1e6)
-    hops_us = sorted(hops_us[WARM_UP:])
-    return {
-        "p50_us": round(hops_us[len(hops_us) // 2], 1),
-        "p99_us": round(hops_us[len(hops_us) * 99 // 100], 1),
-    }
+        return time.perf_counter() - started - group.timing.ffn_s
+
+    return hop
+
+
+def hop_without_python(group: FFNGroup, rows: int) -> Hop:
+    """The time between a call and its answer in the loop in C++, less the FFN's own; rows of as many requests."""
+    loop = LayerLoop([small_layer()])
+    x_TH, angles = torch.randn(rows, HIDDEN_SIZE), torch.ones(rows, HEAD_DIM // 2)
+    blocks = torch.arange(rows, dtype=torch.int32)
+    batch = {
+        "cos": angles, "sin": angles, "interleaved": False, "slots": blocks.long() * BLOCK_SIZE,
+        "row_starts": torch.arange(rows + 1, dtype=torch.int32), "lengths": torch.ones_like(blocks),
+        "block_tables": blocks[:, None].contiguous(), "caches": [torch.zeros(rows, BLOCK_SIZE, 2, 1, HEAD_DIM)],
+    }  # fmt: skip
+
+    def hop(step: int) -> float:
+        group.begin_step(step)
+        begun = group.begin_run(rows)
+        assert begun is not None
+        run = loop(x_TH.clone(), *begun, **batch)
+        group.end_run(run, rows)
+        assert run.answered == 1
+        return run.wire_s
+
+    return hop
+
+
+def small_layer() -> AttentionKernel:
+    def matrix(n: int, k: int) -> PackedMatrix:
+        return PackedMatrix.pack([torch.randn(n, k) / k**0.5], "float32")
+
+    return AttentionKernel(
+        AttentionNumbers(1, 1, HEAD_DIM, HEAD_DIM**-0.5, 1e-6),
+        (matrix(3 * HEAD_DIM, HIDDEN_SIZE), None),
+        (matrix(HIDDEN_SIZE, HEAD_DIM), None),
+        (torch.ones(HIDDEN_SIZE), torch.ones(HIDDEN_SIZE)),
+        None,
+        Routing(matrix(NUM_EXPERTS, HIDDEN_SIZE), None, TOP_K, softmax=True, renormalise=True, scaling=1.0, correction=None),
+    )  # fmt: skip
+
+
+def one_at_a_time(hop: Hop, count: int) -> tuple[float, float]:
+    """p50 and p99; microseconds."""
+    hops_us = sorted([hop(step) * 1e6 for step in range(count + WARM_UP)][WARM_UP:])
+    return round(hops_us[len(hops_us) // 2], 1), round(hops_us[len(hops_us) * 99 // 100], 1)
+
+
+@contextlib.contextmanager
+def cores_kept_awake() -> Iterator[None]:
+    programs = [KEEP_AWAKE.format(core=core) for core in os.sched_getaffinity(0)]
+    spinning = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
 
 
 def in_flight_us(group: FFNGroup, rows: int, count: int) -> float:
@@ -150,21 +229,30 @@ def main() -> None:
         unix_name, port = json.loads(server.stdout.readline())
         endpoint = Endpoint("ffn-0", "here", unix_name, "127.0.0.1", port)
         results: dict[str, dict[str, float | None]] = {}
-        print(
-            f"{'path':6}{'payload':>10}{'p50 us':>10}{'p99 us':>10}{'us, 3 in flight':>18}{'us, one thread':>18}"
-        )
-        for transport in ("shm", "tcp"):
-            alone_us = in_one_thread_us(transport, count)
+        print("path".ljust(10) + "payload".rjust(8) + "".join(name.rjust(15) for name in COLUMNS))
+        for path, transport, way in (
+            ("no Python", "shm", hop_without_python),
+            ("shm", "shm", long_hop),
+            ("tcp", "tcp", long_hop),
+        ):
+            is_long = way is long_hop
+            alone_us = in_one_thread_us(transport, count) if is_long else {}
             group = group_to(endpoint, transport, secret.encode())
             group.connect()
             for payload, rows in PAYLOADS.items():
-                result = results[f"{transport} {payload}"] = {
-                    **one_at_a_time(group, rows, count),
-                    "in_flight_us": in_flight_us(group, rows, count),
-                    "one_thread_us": alone_us.get(payload),
-                }
-                p50, p99, in_flight, alone = (value or "-" for value in result.values())
-                print(f"{transport:6}{payload:>10}{p50:>10}{p99:>10}{in_flight:>18}{alone:>18}")
+                hop = way(group, rows)
+                asleep = one_at_a_time(hop, count)
+                with cores_kept_awake():
+                    awake = one_at_a_time(hop, count)
+                under_way = in_flight_us(group, rows, count) if is_long else None
+                values = (*asleep, *awake, under_way, alone_us.get(payload))
+                results[f"{path} {payload}"] = dict(zip(COLUMNS, values, strict=True))
+                print(
+                    path.ljust(10)
+                    + payload.rjust(8)
+                    + "".join(str(value or "-").rjust(15) for value in values),
+                    flush=True,
+                )
             group.close()
     finally:
         server.kill()

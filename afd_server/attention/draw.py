@@ -33,14 +33,10 @@ UNLIMITED = 2**62  # top_k of a row without one
 
 
 def likeliest(logits_NV: Tensor) -> Tensor:
-    """The first of the largest values of each row, [N] int64: argmax, but the pass over the vocabulary is a maximum."""
-    num_rows, vocab_size = logits_NV.shape
-    if vocab_size % BLOCK_TOKENS or logits_NV.device.type != "cpu":
+    """The first of the largest values of each row, [N] int64. On a CPU numpy's argmax is 4 to 12 times faster than torch's."""
+    if logits_NV.device.type != "cpu":
         return logits_NV.argmax(dim=-1)
-    logits_NBW = logits_NV.reshape(num_rows, -1, BLOCK_TOKENS)
-    block_N = logits_NBW.amax(dim=-1).argmax(dim=-1)
-    within_N = logits_NBW[torch.arange(num_rows), block_N].argmax(dim=-1)
-    return block_N * BLOCK_TOKENS + within_N
+    return torch.from_numpy(logits_NV.numpy().argmax(axis=-1))
 
 
 class Draw:

@@ -6,6 +6,7 @@ What does not: which requests run and which blocks they own (engine/), the model
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Generator, Sequence
@@ -22,6 +23,7 @@ from afd_server.models.ffn_call import FFNCall
 from afd_server.models.halves import AttentionHalf
 from afd_server.pipeline import run_pipeline
 from afd_server.types import (
+    SampledToken,
     SamplingParams,
     ScheduledRequest,
     StartedRequest,
@@ -53,6 +55,9 @@ class AttentionWorker:
         self._block_size = block_size
         self._device = device
         self._graphs = graphs
+        self._last: dict[str, AttentionBatch] = {}  # the last step's batches, each by its first request
+        self._batches: dict[str, AttentionBatch] = {}  # of the step under way
+        self._sampling_s = 0.0  # of the step under way
         self._shortcut = shortcut_for(half, ffn_group)
         self._sampler = Sampler(half.spec.vocab_size, half.spec.eos_token_ids, device)
 
@@ -60,7 +65,8 @@ class AttentionWorker:
     def execute(self, plan: StepPlan) -> StepOutput:
         """Runs the plan's tokens through all layers and samples. Raises WorkerError when an FFN shard stays away.
 
-        After an error the KV entries of this step's tokens are undefined; the same tokens may be planned again.
+        After an error the KV entries of this step's tokens and the sampling state of its requests are undefined: the same tokens
+        may be planned again, of requests that are started again.
         """
         started_at = time.perf_counter()
         for request_id in plan.finished:
@@ -70,21 +76,20 @@ class AttentionWorker:
         self._ffn_group.begin_step(plan.step)
         # Micro-batches that overlap are driven from here, one hop of each in turn.
         shortcut = self._shortcut if len(plan.micro_batches) == 1 else None
+        self._last, self._batches, self._sampling_s = self._batches, {}, 0.0
         passes = [
-            self._forward(micro_batch, requests, shortcut)
+            self._pass(micro_batch, requests, shortcut)
             for micro_batch, requests in enumerate(plan.micro_batches)
         ]
         run = run_pipeline(passes, self._ffn_group, num_hops=self._half.spec.num_layers)
         in_shortcut_s = shortcut.waiting_s if shortcut is not None else 0.0
-        sampled = [request.request_id for batch in plan.micro_batches for request in batch if request.samples]
-        tokens = self._sampler.sample(sampled, torch.cat(run.results)) if sampled else []
         wire = self._ffn_group.timing
         return StepOutput(
             step=plan.step,
-            tokens=tuple(tokens),
+            tokens=tuple(itertools.chain.from_iterable(run.results)),
             timing=StepTiming(
                 total_s=time.perf_counter() - started_at,
-                attention_s=run.computing_s - in_shortcut_s,
+                attention_s=run.computing_s - in_shortcut_s - self._sampling_s,
                 ffn_s=wire.ffn_s,
                 wire_s=wire.wire_s,
                 bubble_s=run.waiting_s + in_shortcut_s,
@@ -96,14 +101,32 @@ class AttentionWorker:
             ),
         )
 
+    def _pass(
+        self, micro_batch: int, requests: Sequence[ScheduledRequest], shortcut: Shortcut | None
+    ) -> Generator[FFNCall, Tensor, list[SampledToken]]:
+        """One micro-batch from its plan to its tokens. It begins and ends while the others' calls are away."""
+        logits_NV = yield from self._forward(micro_batch, requests, shortcut)
+        started_at = time.perf_counter()
+        sampled = [request.request_id for request in requests if request.samples]
+        tokens = self._sampler.sample(sampled, logits_NV) if sampled else []
+        self._sampling_s += time.perf_counter() - started_at
+        return tokens
+
     def _forward(
         self, micro_batch: int, requests: Sequence[ScheduledRequest], shortcut: Shortcut | None
     ) -> Generator[FFNCall, Tensor, Tensor]:
         """The pass of one micro-batch: see AttentionHalf.forward."""
         if self._graphs is not None and self._graphs.take(requests):
             return self._graphs.forward(micro_batch, requests)
-        batch = AttentionBatch.build(requests, self._block_size, self._device)
-        return self._half.forward(batch, self._cache, shortcut)
+        return self._half.forward(self._batch(requests), self._cache, shortcut)
+
+    def _batch(self, requests: Sequence[ScheduledRequest]) -> AttentionBatch:
+        name = requests[0].request_id
+        moved_on = self._last[name].moved_on(requests) if name in self._last else None
+        batch = self._batches[name] = moved_on or AttentionBatch.build(
+            requests, self._block_size, self._device
+        )
+        return batch
 
     def record_graphs(self, size: int, num_micro_batches: int) -> None:
         """Runs so many micro-batches of so many requests, which records their graphs on both sides. Writes into KV blocks 0 to

@@ -11,7 +11,7 @@ Shapes: T rows, R requests, D requests of a group, B blocks of the longest of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -109,6 +109,44 @@ class AttentionBatch:
             sampled_rows=tensor(row_starts[1:][samples] - 1, np.int64),
             requests=requests,
             block_size=block_size,
+        )
+
+    def moved_on(self, requests: Sequence[ScheduledRequest]) -> AttentionBatch | None:
+        """The batch of these requests where they are this one's, each of its single rows one token on; else None.
+
+        It equals what `build` gives, by a few additions. What most steps do is no reason to go through all blocks again.
+        """
+        new_blocks = []
+        if len(requests) != len(self.requests):
+            return None
+        for row, (before, now) in enumerate(zip(self.requests, requests, strict=True)):
+            index, offset = divmod(now.start_position, self.block_size)
+            num_known = index + (offset > 0)
+            if (
+                now.request_id != before.request_id
+                or now.start_position != before.start_position + 1
+                or len(now.token_ids) > 1
+                or len(before.token_ids) > 1
+                or now.samples is not before.samples
+                or now.block_table[:num_known] != before.block_table[:num_known]
+                or index == self.block_tables.shape[1]
+            ):
+                return None
+            if offset == 0:
+                new_blocks.append((row, index, now.block_table[index]))
+        slots, block_tables = self.slots + 1, self.block_tables
+        if new_blocks:
+            block_tables = block_tables.clone()
+        for row, index, block in new_blocks:
+            slots[row], block_tables[row, index] = block * self.block_size, block
+        return replace(
+            self,
+            token_ids=torch.tensor([request.token_ids[0] for request in requests], device=slots.device),
+            positions=self.positions + 1,
+            slots=slots,
+            lengths=self.lengths + 1,
+            block_tables=block_tables,
+            requests=requests,
         )
 
     # What attention in plain torch works on: the requests with one row in groups, the others one by one.

@@ -96,6 +96,11 @@ class Machine:
         with contextlib.suppress(SystemExit):
             worker.serve()
 
+    def replace_worker(self):
+        """A worker that is new takes the place of the one that is about to end."""
+        self.start_worker()
+        self.group.replace(0, self.connector())
+
     def connector(self):
         endpoint = self.workers[-1][2].endpoint
         return lambda timeout_s: connect(endpoint, self.shape, 0, SECRET, "shm", timeout_s)
@@ -177,39 +182,21 @@ def test_experts_chosen_at_the_ffn_side_are_served_the_long_way_there(directory)
         assert built.sent == 0
 
 
-def test_a_call_that_fails_is_made_again_and_the_step_goes_on(directory):
+# Either ends the worker: after it has said why, or with every connection, this call's too.
+@pytest.mark.parametrize("fault", [RuntimeError("this one cannot be computed"), SystemExit()])
+def test_a_call_that_is_lost_is_made_again_and_the_step_goes_on(directory, fault):
     expected = long_way(directory)
     with machine(directory, ffn_loop=False) as built:
-        failed = []
-
-        def fail_once(layer):
-            if layer == 1 and not failed:
-                failed.append(layer)
-                built.start_worker()  # this one ends
-                built.group.replace(0, built.connector())
-                raise RuntimeError("this one cannot be computed")
-
-        built.half.before = fail_once
-        assert_equal(built, built.steps(built.shortcut()), expected)
-        assert failed and built.sent >= 1
-        assert built.resent >= 1
-
-
-def test_a_worker_that_ends_in_the_middle_is_replaced_and_the_step_goes_on(directory):
-    expected = long_way(directory)
-    with machine(directory, ffn_loop=False) as built:
-        ended = []
 
         def end_once(layer):
-            if layer == 1 and not ended:
-                ended.append(layer)
-                built.start_worker()
-                built.group.replace(0, built.connector())
-                raise SystemExit  # the thread ends, and with it every connection, this call's too
+            if layer == 1 and len(built.workers) == 1:
+                built.replace_worker()
+                raise fault
 
         built.half.before = end_once
         assert_equal(built, built.steps(built.shortcut()), expected)
-        assert ended and built.sent >= 1
+        assert len(built.workers) == 2 and built.sent >= 1
+        assert built.resent >= 1
 
 
 def test_a_worker_that_hangs_is_an_error_within_its_time_and_the_next_step_works(directory):

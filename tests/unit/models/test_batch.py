@@ -1,11 +1,19 @@
 """The tensors of a micro-batch, from the scheduler's words."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from afd_server.engine.scheduler import Scheduler
+from afd_server.errors import WorkerError
 from afd_server.models import batch as batch_module
 from afd_server.models.batch import AttentionBatch
-from afd_server.types import ScheduledRequest
+from afd_server.types import GenerationRequest, ScheduledRequest
+from tests.unit.engine.test_scheduler import arrivals, layouts
+from tests.unit.engine.toy_worker import EOS, ToyWorker, small_config
 
 CPU = torch.device("cpu")
 
@@ -76,3 +84,109 @@ def test_every_request_is_in_one_group_and_groups_are_bounded(monkeypatch, max_t
         requests, longest = group.block_tables.shape
         assert requests * longest <= 1.5 * sum(num_blocks[row] for row in group.rows.tolist())
         assert requests == 1 or requests * longest * 4 <= max_tokens
+
+
+# --- from one step to the next ---------------------------------------------------------------------------------------
+
+
+def assert_equal(batch, expected):
+    for field in fields(AttentionBatch):
+        mine, theirs = getattr(batch, field.name), getattr(expected, field.name)
+        if isinstance(theirs, torch.Tensor):
+            assert mine.dtype is theirs.dtype and torch.equal(mine, theirs), field.name
+        else:
+            assert mine == theirs, field.name
+
+
+class MovingOn(ToyWorker):
+    """Compares every batch that moved on with the one that would be built."""
+
+    def __init__(self, config, failing_steps):
+        super().__init__(config, failing_steps)
+        self.last = []
+
+    def execute(self, plan):
+        batches = [AttentionBatch.build(part, self.config.block_size, CPU) for part in plan.micro_batches]
+        for last in self.last:
+            for batch in batches:
+                moved_on = last.moved_on(batch.requests)
+                if moved_on is not None:
+                    assert_equal(moved_on, batch)
+        self.last = batches
+        return super().execute(plan)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    arrivals=arrivals,
+    layout=layouts,
+    spare_blocks=st.integers(0, 8),
+    failing_steps=st.sets(st.integers(1, 40), max_size=2),
+    num_micro_batches=st.integers(1, 3),
+)
+def test_a_batch_that_moved_on_is_the_one_that_would_be_built(
+    arrivals, layout, spare_blocks, failing_steps, num_micro_batches
+):
+    config = small_config(**layout)
+    worker = MovingOn(config, failing_steps)
+    num_blocks = -(-32 // config.block_size) + spare_blocks
+    scheduler = Scheduler(config, num_blocks=num_blocks, eos_token_ids=(EOS,))
+    now = 0
+    while scheduler.has_work or now <= 12:
+        for index, arrival in enumerate(arrivals):
+            if arrival["arrives"] == now:
+                scheduler.add(GenerationRequest(str(index), tuple(arrival["prompt"]), arrival["sampling"]))
+            if arrival["aborts"] == now:
+                scheduler.abort(str(index))
+        plan = scheduler.schedule(lambda num_tokens: min(num_micro_batches, len(num_tokens)))
+        if plan is not None:
+            try:
+                scheduler.complete(worker.execute(plan))
+            except WorkerError as error:
+                scheduler.fail_step(str(error))
+        now += 1
+
+
+STEP = (
+    ScheduledRequest("a", 4, (5,), (3, 1), True),
+    ScheduledRequest("b", 3, (9,), (0,), True),
+)
+NEXT = (
+    ScheduledRequest("a", 5, (8,), (3, 1), True),
+    ScheduledRequest("b", 4, (1,), (0, 6), True),  # in a block that is new
+)
+
+
+def moved_on(requests):
+    return AttentionBatch.build(STEP, 4, CPU).moved_on(requests)
+
+
+def test_requests_that_go_on_with_one_token_move_on():
+    assert_equal(moved_on(NEXT), AttentionBatch.build(NEXT, 4, CPU))
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        NEXT[::-1],
+        NEXT[:1],
+        (NEXT[0], replace(NEXT[1], block_table=(2, 6))),  # came back from preemption
+        (replace(NEXT[0], block_table=(3, 2)), NEXT[1]),
+        (NEXT[0], replace(NEXT[1], token_ids=(1, 2))),
+        (replace(NEXT[0], start_position=6), NEXT[1]),
+        (NEXT[0], replace(NEXT[1], samples=False)),
+        (NEXT[0], replace(NEXT[1], request_id="c")),
+    ],
+)
+def test_whatever_else_comes_is_built(requests):
+    assert moved_on(requests) is None
+
+
+def test_a_batch_that_needs_wider_block_tables_is_built():
+    assert AttentionBatch.build(STEP[1:], 4, CPU).moved_on(NEXT[1:]) is None
+
+
+def test_a_prompt_s_rows_do_not_move_on():
+    prompt = replace(STEP[1], start_position=2, token_ids=(1, 9))
+    batch = AttentionBatch.build([STEP[0], prompt], 4, CPU)
+    assert batch.moved_on(NEXT) is None

@@ -1,0 +1,92 @@
+"""The attention worker as the engine uses it: what it saves time with changes nothing of what comes out."""
+
+import pytest
+import torch
+
+from afd_server.attention.dispatch import GroupLayout
+from afd_server.attention.ffn_group import FFNGroup
+from afd_server.attention.worker import AttentionWorker
+from afd_server.engine.engine import Engine
+from afd_server.engine.micro_batches import MicroBatchChooser
+from afd_server.engine.scheduler import Scheduler
+from afd_server.engine.step_time import StepTimeModel
+from afd_server.models.checkpoint import load_attention_half, load_ffn_half, operations_for
+from afd_server.models.families import read_model_spec
+from afd_server.models.halves import FFNShard
+from afd_server.transport.direct import DirectLink
+from afd_server.types import GenerationRequest, SamplingParams
+from tests.checkpoints import write_checkpoint
+from tests.unit.engine.toy_worker import small_config
+
+CPU, NUM_BLOCKS = torch.device("cpu"), 12
+DEADLINE_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_checkpoint("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe") / "model")
+
+
+class Machine:
+    """An engine over a real worker, both halves on one thread."""
+
+    def __init__(self, directory, micro_batches):
+        config, spec = small_config(), read_model_spec(directory)
+        where = {"device": CPU, "dtype": torch.float32, "gate_on": "attention",
+                 "operations": operations_for(CPU, torch.float32, "native")}  # fmt: skip
+        half = load_attention_half(directory, spec, **where)
+        ffn = load_ffn_half(directory, spec, FFNShard(), **where)
+        self.group = FFNGroup(
+            {0: lambda timeout_s: DirectLink("ffn-0", ffn.forward)},
+            GroupLayout(1, 1, max(getattr(layer, "num_experts", 0) for layer in spec.ffn)),
+            replica=0, dtype=torch.float32, timeout_s=DEADLINE_S,
+        )  # fmt: skip
+        self.group.connect()
+        shape = (NUM_BLOCKS, config.block_size, *spec.attention.cache_entry_shape)
+        self.cache = [torch.zeros(shape) for _ in range(spec.num_layers)]
+        self.worker = AttentionWorker(half, self.cache, self.group, block_size=config.block_size, device=CPU)
+        scheduler = Scheduler(config, num_blocks=NUM_BLOCKS, eos_token_ids=())
+        self.engine = Engine(self.worker, scheduler, MicroBatchChooser(str(micro_batches)), StepTimeModel())
+
+    def outputs(self, each_step=lambda: None):
+        """All outputs of some requests that come and go, and are preempted; with log-probabilities, so that bits show."""
+        outputs = []
+        for step in range(200):
+            if step in (0, 3, 4, 9):
+                sampling = SamplingParams(
+                    max_tokens=20,
+                    seed=step,
+                    temperature=0.8 * (step % 2),
+                    top_p=0.9,
+                    logprobs=2,
+                    ignore_eos=True,
+                )
+                self.engine.submit(GenerationRequest(str(step), tuple(range(1, 8 + step)), sampling))
+            if step == 8:
+                outputs += self.engine.abort("3")
+            if self.engine.has_work:
+                each_step()
+                outputs += self.engine.step().outputs
+        assert self.engine.stats().num_preemptions > 0
+        self.engine.check()
+        self.group.close()
+        return outputs
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_batches_that_move_on_give_the_same_bits_as_those_that_are_built(directory, micro_batches):
+    moving, building = Machine(directory, micro_batches), Machine(directory, micro_batches)
+    outputs = moving.outputs()
+    assert outputs == building.outputs(building.worker._batches.clear)
+    assert all(torch.equal(mine, other) for mine, other in zip(moving.cache, building.cache, strict=True))
+
+
+def test_a_micro_batch_is_sampled_while_the_next_one_is_in_its_last_layer(directory):
+    machine = Machine(directory, 2)
+    events, receive, sample = [], machine.group.receive, machine.worker._sampler.sample
+    machine.group.receive = lambda micro_batch: (events.append(micro_batch), receive(micro_batch))[1]
+    machine.worker._sampler.sample = lambda ids, logits: (events.append("sample"), sample(ids, logits))[1]
+    for name in "ab":
+        machine.engine.submit(GenerationRequest(name, (1, 2), SamplingParams(2, ignore_eos=True)))
+    machine.engine.step()
+    assert events[-4:] == [0, "sample", 1, "sample"]
