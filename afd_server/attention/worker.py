@@ -123,9 +123,7 @@ class AttentionWorker:
     def _batch(self, requests: Sequence[ScheduledRequest]) -> AttentionBatch:
         name = requests[0].request_id
         moved_on = self._last[name].moved_on(requests) if name in self._last else None
-        batch = self._batches[name] = moved_on or AttentionBatch.build(
-            requests, self._block_size, self._device
-        )
+        batch = self._batches[name] = moved_on or AttentionBatch.build(requests, self._block_size, self._device)
         return batch
 
     def record_graphs(self, size: int, num_micro_batches: int) -> None:
