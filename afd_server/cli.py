@@ -1,4 +1,4 @@
-"""The command line: `afd serve`, `afd workers`, `afd scale`, `afd restart`, `afd chat`, `afd bench`, `afd convert`, `afd upcycle`.
+"""The command line: `afd serve` and the other commands (COMMANDS, below).
 
 What lives here: flags, the configuration file, and the one clear line that a mistake ends in (exit code 2). What does
 not: anything that a command does. Each command imports its room only when it runs, so that `--help` is quick.
@@ -269,12 +269,26 @@ def bench(argv: Sequence[str]) -> int:
     return bench(argv)
 
 
+def plan(argv: Sequence[str]) -> int:
+    from afd_server.planner.command import plan
+
+    return plan(argv)
+
+
+def profile(argv: Sequence[str]) -> int:
+    from afd_server.profiling.command import profile
+
+    return profile(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "serve": (serve, "start a server"),
     "workers": (workers, "show a running server's workers"),
     "scale": (scale, "add or remove them"),
     "restart": (restart, "renew them one by one"),
     "bench": (bench, "measure any server under load"),
+    "plan": (plan, "what a model costs, and the layout that suits it"),
+    "profile": (profile, "measure a model's times on this machine, for plan, simulate and serve"),
     "chat": (chat, "talk to a running server"),
     "convert": (convert, "GGUF file to Hugging Face directory"),
     "upcycle": (upcycle, "dense checkpoint to mixture of experts"),

@@ -19,6 +19,9 @@ QUANTIZATIONS = ("int8",)
 WIRE_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 TRANSPORTS = ("auto", "inproc", "shm", "tcp", "direct")
 MAX_MICRO_BATCHES = 4
+# From this many expert shards on a shard is sent only the rows that it owns an expert of. Below it the whole call is
+# broadcast: a token needs a given one of 2 shards with probability 0.88 in Step-3, of 4 shards with 0.59.
+SPARSE_DISPATCH_FROM = 4
 MOST: Mapping[str, float] = {"int": 2**62, "float": 1e9}  # of a number; a timeout of 30 years is none
 API_KEY_VARIABLE = "AFD_API_KEY"
 
@@ -69,6 +72,11 @@ class ServeConfig:
         None, "engine", "with --tpot-sla-ms: milliseconds to the first token, else a request is refused (429)"
     )
     max_queue_len: int = option(256, "engine", "with --tpot-sla-ms: requests that may queue; others get 429")
+    profile: str | None = option(
+        None,
+        "engine",
+        "a file of `afd profile`: what the model of step time starts from, in place of a warm-up's steps",
+    )
     enable_chunked_prefill: bool = option(True, "engine", "cut long prompts to fit a step")
     enable_prefix_caching: bool = option(True, "kvcache", "share KV blocks of equal prompt beginnings")
     block_size: int = option(16, "kvcache", "tokens in one KV block")
@@ -152,7 +160,7 @@ class ServeConfig:
                         "ffn_workers", "ffn_replicas", "max_model_len", "kv_cache_memory_bytes",
                         "placement_timeout", "start_timeout", "heartbeat_timeout", "ffn_timeout", "tpot_sla_ms",
                         "ttft_sla_ms", "client_timeout")  # fmt: skip
-        for name in ("model", "api_key", "served_model_name", "ray_address"):
+        for name in ("model", "api_key", "served_model_name", "ray_address", "profile"):
             if getattr(self, name) == "":
                 raise ConfigError(flag(name), "is empty")
         if not 0 <= self.port <= 65535:

@@ -11,9 +11,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from socket import socket
 from typing import Protocol
 
@@ -23,8 +22,8 @@ from afd_server import __version__
 from afd_server.api.app import create_app
 from afd_server.api.server import bind_port, serve
 from afd_server.api.settings import BODY_BYTES, BODY_BYTES_PER_TOKEN, ApiSettings, OperatedWorkers
-from afd_server.checkpoints.default_model import afd_home, default_model, default_moe
-from afd_server.checkpoints.locate import locate_model
+from afd_server.checkpoints.default_model import afd_home
+from afd_server.checkpoints.find import find_model
 from afd_server.cluster.layout import resolve
 from afd_server.cluster.workers import Started, WorkerInfo
 from afd_server.config import ServeConfig
@@ -46,7 +45,6 @@ from afd_server.types import GenerationRequest, RequestOutput
 logger = logging.getLogger(__name__)
 
 # Models that this server makes itself, on first use.
-MADE_HERE: dict[str, Callable[[Path], Path]] = {"default": default_model, "default-moe": default_moe}
 
 
 class Workers(OperatedWorkers, Protocol):
@@ -94,8 +92,7 @@ class Service:
 def run_server(config: ServeConfig) -> int:
     """Serves until SIGTERM or SIGINT; gives the exit code. Raises StartError if it cannot start."""
     configure_logging("server")
-    name = config.model
-    directory = MADE_HERE[name](afd_home()) if name in MADE_HERE else locate_model(name)
+    directory = find_model(config.model)
     spec = read_model_spec(directory)
     check_checkpoint(directory, spec)
     config = resolve(config, spec, directory)

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afd_server.config import SPARSE_DISPATCH_FROM
 from afd_server.models.ffn_call import FFNCall
 from afd_server.models.halves import bounds
 from afd_server.transport.base import Answer
-
-# From this many expert shards on a shard is sent only the rows that it owns an expert of. Below it the whole call is
-# broadcast: a token needs a given one of 2 shards with probability 0.88 in Step-3, of 4 shards with 0.59.
-SPARSE_DISPATCH_FROM = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from afd_server.models.graphs import CUDACapture
 from afd_server.models.halves import FFNShard
 from afd_server.models.operations import Operations
 from afd_server.models.spec import ModelSpec, MoESpec
+from afd_server.planner.profile_file import read_profile
+from afd_server.planner.times import LayerTimes
 from afd_server.transport.base import LinkShape
 
 logger = logging.getLogger(__name__)
@@ -53,12 +55,15 @@ def resolve(config: ServeConfig, spec: ModelSpec, directory: Path) -> ServeConfi
         raise ConfigError(
             "--dtype", "the checkpoint's float16 is not served", "use --dtype bfloat16 or float32"
         )
+    if config.profile is not None:
+        profiled_times(config, spec)  # whether it is one, and of such a model
     return dataclasses.replace(
         config,
         model=str(directory),
         served_model_name=config.served_model_name or config.model,
         dtype=dtype,
         max_model_len=max_model_len,
+        profile=config.profile and str(Path(config.profile).absolute()),
         wire_dtype=dtype if config.wire_dtype == "auto" else config.wire_dtype,
         transport=("inproc" if config.transport == "auto" and config.executor == "local" else config.transport),
     )
@@ -132,6 +137,15 @@ def link_shape(config: ServeConfig, spec: ModelSpec) -> LinkShape:
         top_k=top_k if routed else 0,
         wire_dtype=config.wire_dtype,
     )
+
+
+def profiled_times(config: ServeConfig, spec: ModelSpec) -> LayerTimes:
+    """Of this layout, from the profile of an undivided FFN. Raises ConfigError."""
+    assert config.profile is not None
+    profile = read_profile(Path(config.profile))
+    if profile.times.num_layers != spec.num_layers:
+        raise ConfigError("--profile", f"is of {profile.model}, which has {profile.times.num_layers} layers and not {spec.num_layers}")  # fmt: skip
+    return dataclasses.replace(profile.times, ffn=profile.times.ffn.shard(*config.ffn_shards))
 
 
 def threads_per_worker(config: ServeConfig, cores: int) -> int:

@@ -25,6 +25,7 @@ from afd_server.cluster.layout import (
     graph_capture,
     group_layout,
     operations,
+    profiled_times,
     threads_per_worker,
     torch_device,
     torch_dtype,
@@ -36,6 +37,7 @@ from afd_server.engine.engine import Engine
 from afd_server.engine.loop import EngineLoop
 from afd_server.engine.micro_batches import MicroBatchChooser
 from afd_server.engine.pace import Pace
+from afd_server.engine.profiled import profiled_model, tell_chooser
 from afd_server.engine.scheduler import Scheduler
 from afd_server.engine.step_time import StepTimeModel, StepWork
 from afd_server.ffn.worker import FFNWorker
@@ -47,6 +49,7 @@ from afd_server.models.ffn_graphs import FFNGraphs
 from afd_server.models.ffn_layer_cpu import kernel_ffn
 from afd_server.models.graphs import CUDACapture
 from afd_server.models.halves import AttentionHalf
+from afd_server.models.spec import ModelSpec
 from afd_server.transport.base import Listener
 from afd_server.types import ReplicaUpdate
 
@@ -141,7 +144,8 @@ class AttentionReplica:
     """One attention worker: weights, KV cache, engine and the thread that runs it. `config` is a resolved one.
 
     connectors: how to reach each FFN worker, by its index. on_update is called on the engine's thread after each step.
-    workers_per_gpu: how many workers of any kind may share this one's GPU.
+    workers_per_gpu: how many workers of any kind may share this one's GPU. worker: is the engine's thread's, except for who
+    measures it while there is no request.
     """
 
     def __init__(
@@ -176,10 +180,10 @@ class AttentionReplica:
             dtype=computing.activation_dtype,
             timeout_s=config.ffn_timeout,
         )
-        worker = AttentionWorker(
+        self.worker = worker = AttentionWorker(
             half, cache, self._ffn_group, block_size=config.block_size, device=device, graphs=graphs
         )
-        chooser, model = MicroBatchChooser(config.micro_batches), StepTimeModel()
+        chooser, model = _models_of_time(config, spec)
         try:
             self._ffn_group.connect()
             if graphs is not None:
@@ -275,9 +279,19 @@ def _warm_up(
         model.observe(StepWork.of(plan), timing.total_s)
 
 
+def _models_of_time(config: ServeConfig, spec: ModelSpec) -> tuple[MicroBatchChooser, StepTimeModel]:
+    """What predicts the times of steps, as far as it is known before one has run."""
+    chooser = MicroBatchChooser(config.micro_batches)
+    if config.profile is None:
+        return chooser, StepTimeModel()
+    times = profiled_times(config, spec)
+    tell_chooser(times, chooser, config.max_num_seqs)
+    return chooser, profiled_model(times, config.max_num_seqs, config.max_num_batched_tokens)
+
+
 def _warm_up_sizes(config: ServeConfig, num_blocks: int) -> list[int]:
-    """Batch sizes to measure at start: powers of two up to a full step, when a choice depends on them."""
+    """Batch sizes to measure at start: powers of two up to a full step, when a choice depends on them and no profile has them."""
     largest = _largest_step(config, num_blocks)
-    if config.micro_batches != "auto" and config.tpot_sla_ms is None:
+    if config.profile is not None or (config.micro_batches != "auto" and config.tpot_sla_ms is None):
         return [largest]
     return [2**power for power in range(largest.bit_length())]

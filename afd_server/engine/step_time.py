@@ -17,7 +17,7 @@ forgotten slowly, slopes are held back until there is evidence for them, and mor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain
 
@@ -29,7 +29,7 @@ SMOOTHING = 0.1
 OUTLIER = 3.0
 # So much of what is known of the slopes is left after each further step.
 MEMORY = 0.998
-# What a slope is taken for at first: at its most, its quantity makes up about this share of a step.
+# How far a slope may be from what it was at first: at its most, its quantity's difference makes up about this share of a step.
 PRIOR_SHARE = 0.5
 NOISE_SMOOTHING = 0.02
 # Rounds of solving for one slope after the other; each step starts where the one before ended.
@@ -78,12 +78,20 @@ class StepWork:
 
 
 class StepTimeModel:
-    """The model of one replica. Used by one thread."""
+    """The model of one replica. Used by one thread.
 
-    def __init__(self) -> None:
+    slopes, steps: what is believed before anything was observed, in seconds (profiled.py has it from a file).
+    """
+
+    def __init__(
+        self, slopes: Sequence[float] = (0.0, 0.0, 0.0), steps: Iterable[tuple[StepWork, float]] = ()
+    ) -> None:
         self._means = SizeMeans(SMOOTHING)  # of (tokens, context_tokens, chunk_pairs, samples, seconds)
-        self._slopes = Slopes(3)
+        self._slopes = Slopes(slopes)
         self._base: list[Point] = []  # (tokens, seconds), rising
+        for work, seconds in steps:
+            self._means.observe((*astuple(work), seconds))
+        self._fit_base()
 
     @property
     def is_fitted(self) -> bool:
@@ -116,11 +124,14 @@ class Slopes:
     """Seconds per unit of each of several quantities, none negative: least squares over the differences from the usual.
 
     Differences are taken in shares of the usual time, since long steps are also disturbed for longer, and the fit is a
-    ridge regression whose prior grows with the noise: that a quantity, at the most of it seen, makes up PRIOR_SHARE of a step.
+    ridge regression whose prior grows with the noise: that a slope differs from what it was at first by about as much as makes up
+    PRIOR_SHARE of a step at the most of its quantity that was seen.
     """
 
-    def __init__(self, count: int) -> None:
-        self._slopes = [0.0] * count
+    def __init__(self, first: Sequence[float]) -> None:
+        count = len(first)
+        self._first = first
+        self._slopes = list(first)
         self._products = [[0.0] * count for _ in range(count)]  # of differences with each other
         self._moments = [0.0] * count  # of differences with the time's
         self._squares = [0.0] * count  # of the largest quantities
@@ -150,10 +161,12 @@ class Slopes:
     def _solve(self, row: int) -> None:
         """The best slope of one quantity, the others as they are."""
         products = self._products[row]
-        own = products[row] + self._noise / PRIOR_SHARE**2 * self._squares[row]
+        prior = self._noise / PRIOR_SHARE**2 * self._squares[row]
+        own = products[row] + prior
         others = sum(product * slope for product, slope in zip(products, self._slopes, strict=True))
         others -= products[row] * self._slopes[row]
-        self._slopes[row] = max(0.0, (self._moments[row] - others) / own) if own > 0 else 0.0
+        wanted = self._moments[row] - others + prior * self._first[row]
+        self._slopes[row] = max(0.0, wanted / own) if own > 0 else self._first[row]
 
 
 def rising_mean(values: Sequence[float], weights: Sequence[float]) -> list[float]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from math import ceil
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +72,18 @@ class FFNTimes:
         """Of one worker when so many share what one did. `rows` stays the whole micro-batch's.
 
         A dense MLP is cut into a slice for every worker. Each expert shard holds the shared expert, and computes it for its part
-        of the rows.
+        of the rows. Where the experts do not divide evenly, it is the worker that has most.
         """
         parts = expert_shards * tensor_shards
+        experts = ceil(self.num_experts / expert_shards)
+        share = experts / self.num_experts if self.num_experts else 1 / expert_shards
         return dataclasses.replace(
             self,
             dense_s=self.dense_s / parts,
             shared_s=self.shared_s / tensor_shards,
             expert_s=self.expert_s / tensor_shards,
-            num_experts=self.num_experts / expert_shards,
-            compute_row_s=self.compute_row_s / parts,
+            num_experts=experts,
+            compute_row_s=self.compute_row_s * share / tensor_shards,
         )
 
 
@@ -126,7 +129,11 @@ class LayerTimes:
         """What a step of `rows` sampled tokens takes besides its layers."""
         return self.overhead.seconds(rows)
 
-    def step_s(self, rows: float, context_tokens: float, chunk_pairs: float = 0.0) -> float:
-        """A step as one micro-batch on one attention worker and this FFN shard, nothing overlapping."""
+    def layers_s(self, rows: float, context_tokens: float, chunk_pairs: float = 0.0) -> float:
+        """All layers of one micro-batch on one attention worker and this FFN shard, nothing overlapping."""
         layer_s = self.attention_s(rows, context_tokens, chunk_pairs) + self.ffn_s(rows) + 2 * self.wire_s(rows)
-        return self.num_layers * layer_s + self.step_overhead_s(rows)
+        return self.num_layers * layer_s
+
+    def step_s(self, rows: float, context_tokens: float) -> float:
+        """A step of decoding requests as one micro-batch."""
+        return self.layers_s(rows, context_tokens) + self.step_overhead_s(rows)

@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch
 
-from afd_server.attention.dispatch import SPARSE_DISPATCH_FROM, GroupLayout
+from afd_server.attention.dispatch import GroupLayout
 from afd_server.attention.ffn_group import FFNGroup
+from afd_server.config import SPARSE_DISPATCH_FROM
 from afd_server.errors import WorkerDiedError, WorkerFailedError, WorkerGivenUpError, WorkerTimeoutError
 from afd_server.ffn.worker import FFNWorker
 from afd_server.models.ffn_call import FFNCall

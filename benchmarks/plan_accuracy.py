@@ -1,0 +1,114 @@
+"""The planner's step time against the measured one: one attention and one FFN worker on this machine.
+
+    .venv/bin/python benchmarks/plan_accuracy.py /tmp/tiny --rounds 2 [--concurrency 1 8 32] [--context 128 1024]
+
+Each round profiles the checkpoint (`afd profile`), then lets real requests decode on the server's own workers
+(step_profile.py), right after one another since a shared machine's memory changes its speed from one minute to the next. The
+prediction is the planner's for one worker of each kind with the profile's times, at the requests' mean context; measured is the
+median step, from the end of one to the end of the next. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from results import commit, machine
+
+from afd_server.planner.hardware import choose, read_hardware
+from afd_server.planner.layout import Layout, Workload, hop_and_overhead_s
+from afd_server.planner.model_config import read_counted_model
+from afd_server.planner.profile_file import Profile, read_profile
+
+OUTPUT_TOKENS = 48
+CARD = "cpu-epyc"  # its memory and price play no part here
+PROMISED = 0.15
+
+
+@dataclass(frozen=True)
+class Case:
+    """So many requests decode after prompts of so many tokens."""
+
+    concurrency: int
+    input_tokens: int
+
+    @property
+    def context(self) -> int:
+        return self.input_tokens + OUTPUT_TOKENS // 2
+
+
+def profile(model: Path, most_requests: int, longest: int) -> Profile:
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "profile.yaml"
+        flags = ["--max-num-seqs", most_requests, "--max-model-len", longest, "--out", out]
+        subprocess.run(
+            [sys.executable, "-m", "afd_server", "profile", model, *map(str, flags)],
+            check=True,
+            stdout=sys.stderr,
+        )
+        return read_profile(out)
+
+
+def measured_s(model: Path, input_tokens: int, concurrencies: list[int]) -> dict[int, float]:
+    """Seconds of a median step, by requests in it."""
+    script = Path(__file__).with_name("step_profile.py")
+    flags = ["--input-tokens", input_tokens, "--output-tokens", OUTPUT_TOKENS, "--concurrency", *concurrencies]
+    done = subprocess.run(
+        [sys.executable, script, model, *map(str, flags)], check=True, capture_output=True, text=True
+    )
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    return {result["concurrency"]: result["step_us"] / 1e6 for result in results}
+
+
+def predicted_s(model: Path, measured: Profile, case: Case) -> float:
+    cards = choose(read_hardware(), [CARD])
+    workload = Workload(read_counted_model(model), case.context, cards, profile=measured)
+    return hop_and_overhead_s(workload, Layout(CARD, CARD, 1, 1, 1, 1, case.concurrency, "float32"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="tokens of a prompt")
+    arguments = parser.parse_args()
+    ratios: dict[Case, list[float]] = {}
+    steps: dict[Case, list[tuple[float, float]]] = {}
+    longest = 2 * (max(arguments.context) + OUTPUT_TOKENS)
+    for _ in range(arguments.rounds):
+        times = profile(arguments.model, max(arguments.concurrency), longest)
+        for input_tokens in arguments.context:
+            for concurrency, seconds in measured_s(
+                arguments.model, input_tokens, arguments.concurrency
+            ).items():
+                case = Case(concurrency, input_tokens)
+                ours = predicted_s(arguments.model, times, case)
+                ratios.setdefault(case, []).append(ours / seconds)
+                steps.setdefault(case, []).append((ours, seconds))
+    print(f"{arguments.model.name}, {machine()}, commit {commit()}, {arguments.rounds} rounds\n")
+    print(
+        "| requests | context | measured ms | predicted ms | predicted / measured |\n| --- | --- | --- | --- | --- |"
+    )
+    for case, found in ratios.items():
+        ours, theirs = (1e3 * statistics.median(pair[index] for pair in steps[case]) for index in (0, 1))
+        spread = f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+        print(f"| {case.concurrency} | {case.context} | {theirs:.2f} | {ours:.2f} | {spread} |")
+    medians = [statistics.median(found) for found in ratios.values()]
+    within = sum(abs(ratio - 1) <= PROMISED for ratio in medians)
+    print(f"\n{within} of {len(medians)} within {PROMISED:.0%}")
+    print(json.dumps({"benchmark": "plan_accuracy", "model": arguments.model.name, "ratios": [
+        {"concurrency": case.concurrency, "context": case.context, "predicted_over_measured": found}
+        for case, found in ratios.items()
+    ]}))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
