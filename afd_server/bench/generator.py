@@ -29,12 +29,14 @@ class Limits:
     """What bounds a run besides its schedule.
 
     max_concurrency: requests under way at a time; more wait for a place. until_s: none is sent later. patience_s: those that
-    have not ended so long after the last was sent are given up.
+    have not ended so long after the last was sent are given up. pause_s: for which the place of a request that failed stays
+    taken.
     """
 
     max_concurrency: int | None = None
     until_s: float = math.inf
     patience_s: float | None = None
+    pause_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class _Load:
             self.most_under_way = max(self.most_under_way, len(self._under_way))
 
     async def _one(self, prompt: Prompt, due_s: float) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             outcome = await self._client.send(prompt, due_s, self._clock)
         except asyncio.CancelledError:
@@ -145,13 +149,12 @@ class _Load:
                 raise
             outcome = Outcome(due_s, due_s, error=UNFINISHED, message="given up at the end of the run")
         finally:
-            task = asyncio.current_task()
-            assert task is not None
             self._under_way.discard(task)
-            if self._places is not None:
-                self._places.release()
         self.outcomes.append(outcome)
         self._on_outcome(outcome)
+        if self._places is not None:
+            pause_s = 0.0 if outcome.is_complete else self._limits.pause_s
+            asyncio.get_running_loop().call_later(pause_s, self._places.release)
 
 
 async def _watch_loop(late_s: list[float]) -> None:

@@ -23,6 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Where a point's number may stand, in printer's points from it, the first where nothing else is in the way.
 PLACES = ((0, 11), (0, -11), (-11, 6), (11, -6), (11, 6), (-11, -6), (-16, 0), (16, 0), (0, 20), (0, -20))
 CLEAR_POINTS = 8.0  # from a number's middle to the nearest line or other number
+WIDTH = ((-6, 0), (0, 0), (6, 0))  # of a number
 HEADROOM = 1.08
 
 
@@ -103,7 +104,7 @@ def _write_numbers(axes: Any, servers: dict[str, list[Point]], tpot_sla_ms: floa
                 str(point.max_concurrency), (point.median_tpot_ms, point.output_throughput), xytext=PLACES[best],
                 textcoords="offset points", ha="center", va="center", fontsize=8, color=COLOURS[number % len(COLOURS)],
             )  # fmt: skip
-            taken = np.concatenate([taken, spots[best : best + 1]])
+            taken = np.concatenate([taken, spots[best] + np.array(WIDTH)])
 
 
 def _along(line: Any) -> Any:

@@ -5,15 +5,20 @@ closed: so many clients that always ask again. open: so many requests a second, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from afd_server.bench import dataset, generator, statistics
+from afd_server.bench import dataset, generator, report, statistics
 from afd_server.bench.client import BenchError
 from afd_server.bench.outcome import Outcome
 from afd_server.bench.session import Session, failure
+
+PAUSE_S = (
+    1.0  # of a client whose request failed: whoever asks again at once only measures how fast it is refused
+)
 
 Progress = Callable[[str], AbstractContextManager[Callable[[Outcome], None]]]
 
@@ -37,7 +42,7 @@ class Prober:
         """The summary of a run of so many clients. Raises BenchError when every request fails."""
         session = self.session
         prompts = dataset.endless(session.settings, self._next_seed(), session.texts, session.tokenizer)
-        limits = generator.Limits(clients, self.seconds, self.patience_s)
+        limits = generator.Limits(clients, self.seconds, self.patience_s, PAUSE_S)
         with self.progress(f"{clients} clients") as on_outcome:
             run = await generator.run(session.client, ((0.0, prompt) for prompt in prompts), limits, on_outcome)
         return {"max_concurrency": clients, **self._summary(run)}
@@ -58,10 +63,11 @@ class Prober:
         return f"{self.seed} {self._taken}"
 
     def _summary(self, run: generator.Run) -> dict[str, Any]:
+        if not run.outcomes:
+            raise BenchError("the dataset has no prompt left")
         if not any(outcome.is_complete for outcome in run.outcomes):
-            raise (
-                failure(self.session.client.target, run.outcomes[0])
-                if run.outcomes
-                else BenchError("no prompts")
-            )
-        return statistics.summary(run, percentiles=self.percentiles)
+            raise failure(self.session.client.target, run.outcomes[0])
+        summary = statistics.summary(run, percentiles=self.percentiles)
+        for line in report.complaints(summary):
+            print(line, file=sys.stderr)
+        return summary

@@ -103,6 +103,7 @@ class Search:
     variable: str
     most: float
     tolerance: float
+    alone: dict[str, Any] | None = None  # the least load: one client
     best: dict[str, Any] | None = None
     probes: list[dict[str, Any]] = field(default_factory=list)
 
@@ -112,24 +113,30 @@ class Search:
 
     async def run(self) -> None:
         """Raises BenchError when the server cannot be measured."""
+        load: float | None = None
         if self.variable == "max_concurrency":
             load = await highest(self._holds, 1, max(1.0, self.most // 1), self._whole_halfway)
-        elif await self._holds(1, is_closed=True):  # the rate of one client alone is a rate to begin with
-            first = 1e3 / self.probes[0]["median_e2el_ms"]
-            load = await highest(self._holds, min(first, self.most), self.most, self._halfway)
         else:
-            load = None
+            self.alone = await self.prober.closed(1)
+            if self._told("1 client", self.alone):  # its rate is one to begin with
+                first = min(1e3 / self.alone["median_e2el_ms"], self.most)
+                load = await highest(self._holds, first, self.most, self._halfway)
         if load is not None:
             self.best = next(probe for probe in reversed(self.probes) if probe["load"] == load)
 
-    async def _holds(self, load: float, is_closed: bool | None = None) -> bool:
-        if self.variable == "max_concurrency" or is_closed:
+    async def _holds(self, load: float) -> bool:
+        if self.variable == "max_concurrency":
             summary = await self.prober.closed(int(load))
         else:
             summary = await self.prober.open(load)
-        holds = self.promises.hold(summary)
+        holds = self._told(f"{load:.4g}", summary)
+        self.alone = self.alone or summary
         self.probes.append({"load": load, "holds": holds, **summary})
-        print(f"{load:>9.4g} {summary['output_throughput']:>13.1f} {summary['completed']:>9} {summary['failed']:>7} "
+        return holds
+
+    def _told(self, load: str, summary: dict[str, Any]) -> bool:
+        holds = self.promises.hold(summary)
+        print(f"{load:>9} {summary['output_throughput']:>13.1f} {summary['completed']:>9} {summary['failed']:>7} "
               f"{self.promises.ttft(summary):>9.1f} {self.promises.tpot(summary):>9.1f}   {'yes' if holds else 'no'}",
               flush=True)  # fmt: skip
         return holds
@@ -156,15 +163,16 @@ class Search:
                 f"{self.best['output_throughput']:.1f} output tokens/s; most tokens while it holds: "
                 f"{self.fastest['output_throughput']:.1f}/s at {self.fastest['load']:.4g}"
             )
-        alone = self.probes[0]
+        alone = self.alone
+        assert alone is not None
         if alone["failed"]:
             kind = next(iter(alone["errors"]))
-            return f"no load holds: {alone['failed']} requests of the least load failed: {kind}: {alone['error_messages'][kind]}"
+            return f"no load holds: {alone['failed']} requests of one client alone failed: {kind}: {alone['error_messages'][kind]}"
         needed = f"--tpot-sla-ms {math.ceil(self.promises.tpot(alone))}"
         if self.promises.ttft_ms is not None:
             needed += f" --ttft-sla-ms {math.ceil(self.promises.ttft(alone))}"
         share = f"{self.promises.percentile:g} %"
-        return f"no load holds; what {share} of the requests keep under the least load is {needed}"
+        return f"no load holds; what {share} of the requests keep for one client alone is {needed}"
 
     def result(self) -> dict[str, Any]:
         kept = ("load", "holds", "output_throughput", "request_throughput", "completed", "failed", "errors", "duration",

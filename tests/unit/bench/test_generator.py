@@ -98,6 +98,14 @@ async def test_none_is_sent_when_the_time_is_over():
     assert all(outcome.sent_s <= result.duration_s for outcome in result.outcomes)
 
 
+async def test_a_client_that_was_refused_rests():
+    """For longer than requests are sent, so there is no second one however slow the machine."""
+    timed = [(0.0, prompt) for prompt in PROMPTS]
+    limits = Limits(max_concurrency=1, until_s=0.1, pause_s=0.2)
+    result = await run_on(ScriptedServer([], status=429), timed, limits)
+    assert [outcome.error for outcome in result.outcomes] == ["HTTP 429"]
+
+
 async def test_an_interrupted_run_leaves_no_request_behind():
     server = ScriptedServer([(0.0, usage(1, 1))])
     async with server.running(), Client(Target(server.url, "m")) as client:

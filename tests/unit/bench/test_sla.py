@@ -131,7 +131,7 @@ def test_a_promise_that_one_client_breaks_is_answered_with_one_that_could_be_mad
     search = search_of(ModelledProber(), variable, tpot_ms=1.5, ttft_ms=5.0)
     assert search.result()["highest_load"] is None
     assert search.verdict().endswith(
-        "99 % of the requests keep under the least load is --tpot-sla-ms 2 --ttft-sla-ms 10"
+        "99 % of the requests keep for one client alone is --tpot-sla-ms 2 --ttft-sla-ms 10"
     )
 
 
@@ -142,7 +142,7 @@ def test_a_load_that_is_refused_does_not_hold():
 
     search = search_of(Refusing(), "max_concurrency")
     assert search.result()["highest_load"] is None
-    assert "3 requests of the least load failed: HTTP 429: no room" in search.verdict()
+    assert "3 requests of one client alone failed: HTTP 429: no room" in search.verdict()
 
 
 def test_patience_is_twice_what_the_promises_allow():
