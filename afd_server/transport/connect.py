@@ -16,7 +16,12 @@ from torch import Tensor
 
 from afd_server.errors import ConfigError, WorkerDiedError, WorkerTimeoutError
 from afd_server.transport.base import Endpoint, Link, LinkShape
-from afd_server.transport.device_memory import DeviceMemoryError, keep_until_dropped, share_device_memory
+from afd_server.transport.device_memory import (
+    DeviceMemoryError,
+    keep_until_dropped,
+    pin_host_memory,
+    share_device_memory,
+)
 from afd_server.transport.handshake import new_hello, shake_hands
 from afd_server.transport.keepalive import notice_dead_host
 from afd_server.transport.link import SocketLink
@@ -113,7 +118,7 @@ def _agree_on_slots(
 ) -> Slots:
     """Shakes hands over a unix socket. The slots lie in memory of the device if the worker can map it, else in the host's."""
     memory, handle = _device_memory(worker, shape, device)
-    slots, descriptor = _shared_slots(shape)
+    host_memory, descriptor = _host_memory(shape)
     try:
         hello = new_hello("shm", replica, shape, handle)
         reply = shake_hands(sock, worker, secret, hello, [descriptor], deadline)
@@ -124,13 +129,14 @@ def _agree_on_slots(
         raise
     finally:
         os.close(descriptor)
-    if memory is None:
-        return slots
-    if reply.device_refusal:
+    if memory is not None and not reply.device_refusal:
+        logger.info("%s: activations stay in the memory of %s", worker, memory.device)
+        return Slots(shape, memory)
+    if memory is not None:
         _through_host_memory(worker, reply.device_refusal)
-        return slots
-    logger.info("%s: activations stay in the memory of %s", worker, memory.device)
-    return Slots(shape, memory)
+    if device.type == "cuda":
+        pin_host_memory(host_memory, device)
+    return Slots(shape, host_memory)
 
 
 def _device_memory(worker: str, shape: LinkShape, device: torch.device) -> tuple[Tensor | None, bytes]:
@@ -148,15 +154,15 @@ def _through_host_memory(worker: str, reason: str) -> None:
     logger.info("%s: activations go through host memory: %s", worker, reason)
 
 
-def _shared_slots(shape: LinkShape) -> tuple[Slots, int]:
-    """Slots in new shared memory, and the memory's descriptor to pass on."""
+def _host_memory(shape: LinkShape) -> tuple[Tensor, int]:
+    """New shared memory for the link, and its descriptor to pass on."""
     from afd_server.transport.shared_memory import create_shared_memory, map_shared_memory
 
     size_bytes = SlotLayout(shape).total_bytes
     descriptor = create_shared_memory(size_bytes)
     try:
         with torch.inference_mode(False):  # see Slots
-            return Slots(shape, map_shared_memory(descriptor, size_bytes)), descriptor
+            return map_shared_memory(descriptor, size_bytes), descriptor
     except BaseException:
         os.close(descriptor)
         raise

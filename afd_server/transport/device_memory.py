@@ -1,7 +1,8 @@
 """Memory of a GPU that two processes of one host share: the attention side allocates it, the FFN side maps it (CUDA IPC).
 
-What lives here: allocating it with a handle for the other process, mapping by handle, and letting go. What does not: who
-offers it and what follows when it cannot be had (connect.py, server_side.py), and what lies in it (wire.py).
+What lives here: allocating it with a handle for the other process, mapping by handle, and letting go; and pinning a host's
+memory, for links that cannot have it. What does not: who offers it and what follows when it cannot be had (connect.py,
+server_side.py), and what lies in it (wire.py).
 
 The calls are the CUDA driver's own. Torch has a pair for its own use, which shares blocks of its caching allocator: those go to
 the next tensor while a peer that is late still writes into them; it counts receivers in a file, where one that died is
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # The driver shares whole granules: a smaller allocation would take what lies beside it along.
 _GRANULE_BYTES = 2 << 20
+# Pinning takes all pages at once, where a link otherwise takes those that its calls reach.
+_MAX_PINNED_BYTES = 256 << 20
 # Closed links whose peers have not noticed; a peer that hangs and is dialled over and over shall not take the whole GPU.
 _MAX_KEPT = 4
 _ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, for another GPU's memory
@@ -80,6 +83,23 @@ def map_device_memory(handle: bytes, size_bytes: int, device: torch.device) -> T
         if usable_bytes < size_bytes:
             raise ValueError(f"the device memory has {usable_bytes} bytes, the link needs {size_bytes}")
         return memory
+
+
+def pin_host_memory(memory: Tensor, device: torch.device) -> None:
+    """Lets a GPU copy straight into and out of the mapped host memory of a link, until that is unmapped.
+
+    Where it cannot be, which the log says, the driver copies everything once more on its way.
+    """
+    try:
+        if len(memory) > _MAX_PINNED_BYTES:
+            raise DeviceMemoryError(f"{len(memory)} bytes are more than {_MAX_PINNED_BYTES}")
+        with _on(device) as (driver, device):
+            address, size = ctypes.c_uint64(memory.data_ptr()), ctypes.c_size_t(len(memory))
+            pinned = driver.cuMemHostRegister_v2(address, size, ctypes.c_uint(0))
+            _check(driver, pinned, f"{len(memory)} bytes of host memory")
+            _when_unused(memory.untyped_storage(), driver.cuMemHostUnregister, address.value, device)
+    except DeviceMemoryError as error:
+        logger.info("host memory of a link is not pinned: %s", error)
 
 
 # --- the end of shared memory ------------------------------------------------------------------------------------------
@@ -149,11 +169,20 @@ def _tensor_at(
 ) -> Tensor:
     """uint8 [size_bytes] at an address. let_go: called with it once no tensor uses it any more."""
     storage = torch._C._construct_storage_from_data_pointer(address, device, size_bytes)
-    # Torch keeps a storage's Python object for as long as any tensor, also a view, uses the storage. At the end of the
-    # process the driver lets go by itself.
-    weakref.finalize(storage, _let_go, let_go, address, device).atexit = False
+    _when_unused(storage, let_go, address, device)
     with torch.inference_mode(False):  # see Slots
         return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def _when_unused(
+    storage: torch.UntypedStorage,
+    let_go: Callable[[ctypes.c_uint64], int],
+    address: int,
+    device: torch.device,
+) -> None:
+    # Torch keeps a storage's Python object for as long as any tensor, also a view, uses the storage, and then ends the object
+    # before it lets go of the bytes. At the end of the process the driver lets go by itself.
+    weakref.finalize(storage, _let_go, let_go, address, device).atexit = False
 
 
 def _let_go(let_go: Callable[[ctypes.c_uint64], int], address: int, device: torch.device) -> None:
@@ -161,7 +190,7 @@ def _let_go(let_go: Callable[[ctypes.c_uint64], int], address: int, device: torc
         with _on(device) as (driver, _):  # which waits for what the device still does with it
             _check(driver, let_go(ctypes.c_uint64(address)), "letting go of device memory")
     except DeviceMemoryError as error:  # a device that has failed frees nothing before its process ends
-        logger.warning("device memory of a link stays until this process ends: %s", error)
+        logger.warning("memory of a link stays until this process ends: %s", error)
 
 
 def _check(driver: Any, result: int, what: str) -> None:

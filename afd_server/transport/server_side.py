@@ -20,7 +20,7 @@ from afd_server.errors import ConfigError, WorkerDiedError
 from afd_server.kernels.hop import LinkPlace
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import NUM_SLOTS, CallTag, IncomingCall
-from afd_server.transport.device_memory import DeviceMemoryError, map_device_memory
+from afd_server.transport.device_memory import DeviceMemoryError, map_device_memory, pin_host_memory
 from afd_server.transport.frames import MAX_MESSAGE_BYTES, FrameError, FrameReader, Header, Kind, Outbox
 from afd_server.transport.handshake import (
     HandshakeError,
@@ -87,7 +87,9 @@ class Candidate:
 
             with torch.inference_mode(False):  # see Slots
                 memory = map_shared_memory(self._descriptors[0], SlotLayout(hello.shape).total_bytes)
-                return Slots(hello.shape, memory)
+            if device.type == "cuda":
+                pin_host_memory(memory, device)
+            return Slots(hello.shape, memory)
         except (ValueError, ConfigError, OSError, RuntimeError) as error:
             self._say(pack_reply(self._secret, self._challenge, hello.nonce, str(error)))
             raise HandshakeError(str(error)) from None

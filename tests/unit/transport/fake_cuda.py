@@ -25,6 +25,7 @@ class FakeDriver:
 
     def __init__(self) -> None:
         self.fails: dict[str, int] = {}
+        self.pinned: dict[int, int] = {}  # bytes of host memory, by address
         self.largest_bytes = 1 << 40  # no allocation is larger than this, whatever was asked for
         self._allocated: dict[int, Any] = {}
         self._handles: dict[bytes, int] = {}
@@ -76,6 +77,17 @@ class FakeDriver:
         start._obj.value = address.value
         length._obj.value = len(self._allocated[address.value])
         return self.fails.get("cuMemGetAddressRange_v2", 0)
+
+    def cuMemHostRegister_v2(
+        self, address: ctypes.c_uint64, size: ctypes.c_size_t, flags: ctypes.c_uint
+    ) -> int:
+        if not (failure := self.fails.get("cuMemHostRegister_v2", 0)):
+            self.pinned[address.value] = size.value
+        return failure
+
+    def cuMemHostUnregister(self, address: ctypes.c_uint64) -> int:
+        ctypes.string_at(address.value, self.pinned.pop(address.value))  # it is mapped still, all of it
+        return 0
 
     def cuGetErrorString(self, result: int, text: Any) -> int:
         if result in _TEXTS:

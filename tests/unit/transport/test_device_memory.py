@@ -56,7 +56,7 @@ def let_go(wiring: Wiring, driver: FakeDriver) -> None:
     while wiring.links:
         wiring.links.pop().close()
     deadline = time.monotonic() + DEADLINE_S
-    while driver.num_allocated() and time.monotonic() < deadline:
+    while (driver.num_allocated() or driver.pinned) and time.monotonic() < deadline:
         assert wiring.listener.wait(0.01) == []
         device_memory.free_dropped()
 
@@ -105,6 +105,27 @@ def test_what_the_driver_refuses_goes_through_host_memory_and_says_why(
     assert reason in lines[0]
     assert_answered(wiring, link)
     assert (driver.num_allocated(), driver.num_mapped()) == (0, 0)
+    assert [*driver.pinned.values()] == [SIZE_BYTES, SIZE_BYTES]  # each side's mapping of the same
+    del link
+    let_go(wiring, driver)
+    assert driver.pinned == {}
+
+
+@pytest.mark.parametrize("largest_bytes", [SIZE_BYTES, SIZE_BYTES - 1])
+def test_host_memory_that_cannot_be_pinned_is_used_as_it_is(
+    wiring: Wiring,
+    driver: FakeDriver,
+    largest_bytes: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(device_memory, "_MAX_PINNED_BYTES", largest_bytes)
+    driver.fails.update(cuMemAlloc_v2=OUT_OF_MEMORY, cuMemHostRegister_v2=OUT_OF_MEMORY)
+    link = wiring.link()
+    assert driver.pinned == {}
+    assert caplog.text.count("host memory of a link is not pinned: 32768 bytes") == 2
+    assert_answered(wiring, link)
 
 
 def test_a_worker_on_a_cpu_takes_no_device_memory(caplog: pytest.LogCaptureFixture) -> None:
