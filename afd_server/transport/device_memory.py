@@ -175,7 +175,7 @@ def _tensor_at(
 
 
 def _when_unused(
-    storage: torch.UntypedStorage,
+    storage: object,
     let_go: Callable[[ctypes.c_uint64], int],
     address: int,
     device: torch.device,
