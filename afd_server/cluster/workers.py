@@ -167,12 +167,6 @@ class AttentionReplica:
         half = load_attention_half(
             directory, spec, device=device, dtype=dtype, gate_on=config.gate_on, operations=computing
         )
-        share_bytes = free_kv_cache_bytes(config, device, workers_per_gpu)
-        num_blocks = num_blocks_for(spec, config, share_bytes, free_bytes(device))
-        capture = graph_capture(config, device, computing, self.name)
-        # Graphs need a block more than requests are given: see AttentionGraphs.
-        cache = allocate_cache(spec, num_blocks + (capture is not None), config.block_size, device, dtype)
-        graphs = None if capture is None else _graphs(config, half, cache, capture)
         self._ffn_group = FFNGroup(
             connectors,
             group_layout(config, spec),
@@ -180,12 +174,19 @@ class AttentionReplica:
             dtype=computing.activation_dtype,
             timeout_s=config.ffn_timeout,
         )
-        self.worker = worker = AttentionWorker(
-            half, cache, self._ffn_group, block_size=config.block_size, device=device, graphs=graphs
-        )
-        chooser, model = _models_of_time(config, spec)
         try:
+            # Before the cache is sized: links between GPU workers take memory of this one's GPU.
             self._ffn_group.connect()
+            share_bytes = free_kv_cache_bytes(config, device, workers_per_gpu)
+            num_blocks = num_blocks_for(spec, config, share_bytes, free_bytes(device))
+            capture = graph_capture(config, device, computing, self.name)
+            # Graphs need a block more than requests are given: see AttentionGraphs.
+            cache = allocate_cache(spec, num_blocks + (capture is not None), config.block_size, device, dtype)
+            graphs = None if capture is None else _graphs(config, half, cache, capture)
+            self.worker = worker = AttentionWorker(
+                half, cache, self._ffn_group, block_size=config.block_size, device=device, graphs=graphs
+            )
+            chooser, model = _models_of_time(config, spec)
             if graphs is not None:
                 _record_graphs(worker, min(graphs.max_rows, _largest_step(config, num_blocks)), config)
             _warm_up(worker, config, num_blocks, chooser, model)
