@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from multiprocessing.connection import Connection
 
 import torch
 
+from afd_server.errors import WorkerDiedError
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import CallTag, Endpoint, LinkShape
 from afd_server.transport.connect import connect
@@ -32,7 +34,8 @@ def serve_doubled(pipe: Connection, device: torch.device) -> None:
                 if call.topk_ids is not None:
                     y_TH += (call.topk_ids * call.topk_weights).sum(dim=1, keepdim=True).to(device)
                 incoming.answer_buffer().copy_(y_TH)
-                incoming.answer(1, len(y_TH))
+                with contextlib.suppress(WorkerDiedError):  # the one that is killed
+                    incoming.answer(1, len(y_TH))
     listener.close()
 
 

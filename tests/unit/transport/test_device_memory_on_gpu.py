@@ -51,12 +51,12 @@ def open_link(endpoint: Endpoint, shape: LinkShape = SHAPE) -> SocketLink:
     return link
 
 
-def free_bytes_once_dropped() -> int:
+def wait_until_dropped() -> None:
     deadline = time.monotonic() + DEADLINE_S
     while device_memory._kept and time.monotonic() < deadline:
         device_memory.free_dropped()
         time.sleep(0.001)
-    return torch.cuda.mem_get_info()[0]
+    assert not device_memory._kept
 
 
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16", "fp8"])
@@ -87,13 +87,16 @@ def test_calls_and_answers_cross_in_every_encoding(endpoint: Endpoint, wire_dtyp
     link.close()
 
 
-def test_closed_links_give_their_memory_back(endpoint: Endpoint) -> None:
-    shape = LinkShape(4096, 4096, 0, "bfloat16")  # 256 MB
-    open_link(endpoint).close()
-    free_bytes = free_bytes_once_dropped()
-    for _ in range(3):
-        open_link(endpoint, shape).close()
-        assert free_bytes_once_dropped() > free_bytes - (64 << 20)
+def test_closed_links_give_their_memory_back(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    let_go, freed = device_memory._let_go, []
+    monkeypatch.setattr(device_memory, "_let_go", lambda *args: freed.append(let_go(*args)))
+    for count in range(1, 4):
+        open_link(endpoint, LinkShape(4096, 4096, 0, "bfloat16")).close()
+        wait_until_dropped()
+        assert len(freed) == count
+    assert caplog.text == ""
 
 
 def test_a_view_keeps_the_memory_of_a_closed_link(endpoint: Endpoint) -> None:
@@ -103,7 +106,7 @@ def test_a_view_keeps_the_memory_of_a_closed_link(endpoint: Endpoint) -> None:
     y_TH = link.receive(tag, DEADLINE_S).y
     link.close()
     del link
-    free_bytes_once_dropped()
+    wait_until_dropped()
     torch.cuda.synchronize()
     assert (y_TH == 2).all()
 
@@ -126,8 +129,7 @@ def test_a_caller_outlives_a_worker_that_is_killed() -> None:
         link.receive(tag, DEADLINE_S)
     del link
     worker.join(DEADLINE_S)
-    free_bytes_once_dropped()
-    assert not device_memory._kept
+    wait_until_dropped()
     assert float(torch.ones(1000, device=CUDA).sum()) == 1000.0
 
 
