@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from afd_server.cluster.groups import remove_abandoned_groups
 from afd_server.cluster.names import attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.errors import ServingError, StartError
@@ -57,8 +58,10 @@ class Pulse:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What all workers of a server share. settings: of the command that started it; see attaching.py."""
+    """What all workers of a server share. namespace: of their names in Ray. settings: of the command that started it; see
+    attaching.py."""
 
+    namespace: str
     settings: dict[str, Any]
     secret: bytes
 
@@ -132,7 +135,10 @@ class WorkerActor:
         while self._silent_s() < timeout_s:
             time.sleep(min(1.0, timeout_s / 10))
         logger.critical("no front-end has spoken to this worker for %g s: it ends", timeout_s)
-        remove_placement_group(self._group)  # and with its resources, this process
+        try:
+            remove_abandoned_groups(self._server.namespace)
+        finally:
+            remove_placement_group(self._group)  # and with its resources, this process
 
     def _load_once(self, load: Callable[[], Loaded]) -> Loaded:
         """Carries a load out. Raises StartError with the reason."""

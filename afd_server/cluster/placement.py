@@ -2,8 +2,8 @@
 
 A bundle is one CPU, a share of a GPU where there are any, and the custom resource that --attention-resource or
 --ffn-resource names. What cannot be placed within the deadline is said with what is missing; nothing hangs. Workers and
-their bundles outlive the front-end (Ray calls that detached); each has a placement group of its own, so that any of them can
-be given back alone.
+their bundles outlive the front-end; each has a placement group of its own (groups.py), so that any of them can be given back
+alone.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from afd_server.cluster.actors import ACTOR_THREADS
+from afd_server.cluster.groups import make_group
 from afd_server.cluster.own_ray import WORKER_ENVIRONMENT
 from afd_server.cluster.watch import Role, first_line
 from afd_server.config import ServeConfig
@@ -114,32 +110,21 @@ def bundle_of(config: ServeConfig, role: Role) -> dict[str, float]:
     return bundle
 
 
-def reserve(bundles: Sequence[dict[str, float]], *, own: bool, deadline: Deadline) -> list[PlacementGroup]:
-    """A group for each bundle, for all of them or for none. Raises StartError that says what is missing."""
+def wait_for_room(bundles: Sequence[dict[str, float]], *, own: bool, deadline: Deadline) -> None:
+    """Returns when all bundles together would find a place. Raises StartError that says what is missing."""
     if own and _missing(bundles):  # this host alone has all that it will ever have
         raise StartError(_why_not_placed(bundles, deadline))
-    while problem := _not_free(
-        bundles
-    ):  # a group that waits would outlive a front-end that is killed meanwhile
+    while problem := _not_free(bundles):
         deadline.check(_why_not_placed(bundles, deadline) if _missing(bundles) else problem)
         time.sleep(START_POLL_S)
-    groups = [placement_group([bundle], strategy="PACK", lifetime="detached") for bundle in bundles]
-    try:
-        for group in groups:
-            while not group.wait(START_POLL_S):
-                deadline.check(_why_not_placed(bundles, deadline))
-    except BaseException:
-        for group in groups:
-            remove_placement_group(group)
-        raise
-    return groups
 
 
 def create(
-    kind: type, name: str, namespace: str, group: PlacementGroup, bundle: dict[str, float], *arguments: Any
+    kind: type, namespace: str, name: str, bundle: dict[str, float], deadline: Deadline, *arguments: Any
 ) -> Place:
-    """Creates an actor in the group that was reserved for it. Its process starts meanwhile. Raises ValueError when an
-    actor has the name."""
+    """Reserves a bundle and creates an actor in it. Its process starts as soon as the bundle has a node. Raises StartError
+    when an actor has the name, and keeps it."""
+    group = make_group(namespace, name, bundle)
     options: dict[str, Any] = {
         "name": name,
         "namespace": namespace,
@@ -152,7 +137,24 @@ def create(
         "resources": {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
     }
-    return Place(ray.remote(**options)(kind).remote(*arguments), group)
+    try:
+        while True:
+            try:
+                return Place(ray.remote(**options)(kind).remote(*arguments), group)
+            except ValueError:  # its predecessor has the name still
+                deadline.check(f"{name}: the name is not free within {deadline.timeout_s:g} s")
+                time.sleep(START_POLL_S)
+    except BaseException:
+        remove_placement_group(group)
+        raise
+
+
+def wait_until_placed(places: Sequence[Place], deadline: Deadline) -> None:
+    """Raises StartError that says what is missing."""
+    bundles = [place.group.bundle_specs[0] for place in places]
+    for place in places:
+        while not place.group.wait(START_POLL_S):
+            deadline.check(_why_not_placed(bundles, deadline))
 
 
 def give_back(place: Place) -> None:

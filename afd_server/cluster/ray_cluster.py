@@ -14,26 +14,26 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Sequence
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from afd_server.cluster.actors import AttentionActor, FFNActor
+from afd_server.cluster.groups import remove_abandoned_groups, remove_groups
 from afd_server.cluster.loading import load_all, wait_for_processes
 from afd_server.cluster.names import worker_name
 from afd_server.cluster.own_ray import OwnRay
 from afd_server.cluster.placement import (
-    START_POLL_S,
     Deadline,
     Place,
     bundle_of,
     create,
     give_back,
     join_ray,
-    reserve,
     stop_ray,
+    wait_for_room,
+    wait_until_placed,
     why_unplaced,
 )
 from afd_server.cluster.rescale import Rescaler
@@ -76,7 +76,10 @@ class RayCluster:
         try:
             address = own_ray.address() if own_ray is not None else str(config.ray_address)
             join_ray(address, own=own_ray is not None)
-            search = config.attach is not False and (own_ray is None or own_ray.attached)
+            inhabited = own_ray is None or own_ray.attached
+            if inhabited:
+                remove_abandoned_groups()
+            search = inhabited and config.attach is not False
             found = find_crew(config, own=own_ray is not None) if search else None
         except BaseException:
             self._leave_ray()
@@ -142,6 +145,7 @@ class RayCluster:
             else:
                 logger.warning("%s does not answer and is made again", name)
                 ray.kill(actor)
+                remove_groups(self._crew.namespace, name)
 
     def create(
         self, workers: Sequence[tuple[Role, int]], config: ServeConfig, deadline: Deadline
@@ -151,20 +155,20 @@ class RayCluster:
         config: with the numbers of workers that there will be.
         """
         bundles = [bundle_of(self._config, role) for role, _ in workers]
-        groups = reserve(bundles, own=self._own_ray is not None, deadline=deadline)
-        members = []
-        for (role, index), bundle, group in zip(workers, bundles, groups, strict=True):
-            name = worker_name(role, index)
-            arguments = (config, index, self._crew.server)
-            while True:
-                try:
-                    place = create(KINDS[role], name, self._crew.namespace, group, bundle, *arguments)
-                    break
-                except ValueError:  # its predecessor's name is not free yet
-                    deadline.check(f"{name}: the name is not free within {deadline.timeout_s:g} s")
-                    time.sleep(START_POLL_S)
-            members.append(self._member(name, place))
-        return members
+        wait_for_room(bundles, own=self._own_ray is not None, deadline=deadline)
+        places: dict[str, Place] = {}
+        try:
+            for (role, index), bundle in zip(workers, bundles, strict=True):
+                name = worker_name(role, index)
+                places[name] = create(
+                    KINDS[role], self._crew.namespace, name, bundle, deadline, config, index, self._crew.server
+                )
+            wait_until_placed(list(places.values()), deadline)
+        except BaseException:
+            for place in places.values():
+                give_back(place)
+            raise
+        return [self._member(name, place) for name, place in places.items()]
 
     def dismiss(self, member: Member) -> None:
         """Ends a worker that is no member any more, after the step or batch under way, and gives its place back. May block."""

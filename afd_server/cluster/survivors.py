@@ -19,12 +19,12 @@ from ray.exceptions import RayError
 
 from afd_server.cluster.actors import Description, Server
 from afd_server.cluster.attaching import differences, is_same_command, server_settings
+from afd_server.cluster.groups import NAMESPACE
 from afd_server.config import ServeConfig
 from afd_server.errors import StartError
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "afd-server"
 # How long a worker may take to describe itself. One that is frozen or without a node does not.
 DESCRIBE_TIMEOUT_S = 10.0
 # A front-end speaks to its workers every second. One that has not done so for this long is gone.
@@ -36,10 +36,13 @@ LOOK_EVERY_S = 0.5
 class Crew:
     """All workers of one server, by name: the actors, and what those say that answer. Without a worker it is a new server's."""
 
-    namespace: str
     server: Server
     actors: dict[str, Any] = field(default_factory=dict)
     descriptions: dict[str, Description] = field(default_factory=dict)
+
+    @property
+    def namespace(self) -> str:
+        return self.server.namespace
 
     @property
     def ffn_version(self) -> int:
@@ -48,8 +51,8 @@ class Crew:
 
 def new_crew(config: ServeConfig) -> Crew:
     """Of a server that has no worker yet."""
-    server = Server(server_settings(config), secrets.token_bytes(32))
-    return Crew(f"{NAMESPACE}-{secrets.token_hex(4)}", server)
+    namespace = f"{NAMESPACE}-{secrets.token_hex(4)}"
+    return Crew(Server(namespace, server_settings(config), secrets.token_bytes(32)))
 
 
 def find_crew(config: ServeConfig, *, own: bool) -> Crew | None:
@@ -59,8 +62,8 @@ def find_crew(config: ServeConfig, *, own: bool) -> Crew | None:
     what is not there.
     """
     contradictions = []
-    for namespace, actors in _named_actors().items():
-        crew = _described(namespace, actors)
+    for actors in _named_actors().values():
+        crew = _described(actors)
         if crew is None:
             continue
         unlike = differences(config, crew.server.settings)
@@ -95,7 +98,7 @@ def _named_actors() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _described(namespace: str, actors: dict[str, Any]) -> Crew | None:
+def _described(actors: dict[str, Any]) -> Crew | None:
     answers = {name: actor.describe.remote() for name, actor in actors.items()}
     ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=DESCRIBE_TIMEOUT_S)
     descriptions: dict[str, Description] = {}
@@ -107,7 +110,7 @@ def _described(namespace: str, actors: dict[str, Any]) -> Crew | None:
             logger.warning("%s cannot be attached to: %s", name, error)
     if not descriptions:
         return None
-    return Crew(namespace, next(iter(descriptions.values())).server, actors, descriptions)
+    return Crew(next(iter(descriptions.values())).server, actors, descriptions)
 
 
 def _is_orphaned(crew: Crew) -> bool:
@@ -115,7 +118,7 @@ def _is_orphaned(crew: Crew) -> bool:
     silent_s = min(each.silent_s for each in crew.descriptions.values())
     while silent_s < SILENT_S:
         time.sleep(LOOK_EVERY_S)
-        again = _described(crew.namespace, crew.actors)
+        again = _described(crew.actors)
         if again is None:
             return False
         before, silent_s = silent_s, min(each.silent_s for each in again.descriptions.values())

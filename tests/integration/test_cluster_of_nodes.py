@@ -6,12 +6,15 @@ network between machines. The server's flags are the ones of the compose file.
 
 import contextlib
 import json
+import re
 import secrets
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -33,6 +36,14 @@ NODE_TIMEOUT_S = 60.0
 PROMPT = list(range(3, 30))
 
 
+WAIT_UNTIL_FREE = """
+import sys, time, ray
+ray.init(sys.argv[1], log_to_driver=False)
+while not {"attention", "ffn"} <= ray.available_resources().keys():
+    time.sleep(0.1)
+"""
+
+
 class Cluster:
     """A head without CPUs and two nodes with a resource each."""
 
@@ -46,6 +57,11 @@ class Cluster:
         node = ray_node(f"--address={self.address}", "--num-cpus=1", f"--resources={resources}")
         self._by_resource[resource] = node.__enter__()
         self._nodes.push(node.__exit__)
+
+    def wait_until_all_is_free(self):
+        """Nothing is reserved on either node."""
+        command = [sys.executable, "-c", WAIT_UNTIL_FREE, self.address]
+        subprocess.run(command, check=True, timeout=NODE_TIMEOUT_S)
 
     def kill_node(self, resource):
         """With all its processes, at once."""
@@ -151,6 +167,58 @@ def test_a_cluster_without_the_resource_is_said_in_one_line(cluster, tmp_path):
     assert result.returncode == 2
     assert "big-memory" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+KILLED_BETWEEN = """
+    import os, signal, sys
+
+    from afd_server.cluster.ray_environment import prepare_environment
+
+    prepare_environment(own_cluster=False)
+
+    from afd_server.cluster import placement
+
+    groups = []
+
+    def make_group(*arguments, whole=placement.make_group):
+        groups.append(whole(*arguments))
+        if len(groups) == {number}:
+            assert groups[-1].wait(60)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return groups[-1]
+
+    placement.make_group = make_group
+
+    from afd_server.cli import main
+
+    sys.exit(main())
+"""
+
+
+class KilledBetween(Server):
+    """A front-end that is killed when it has reserved the place of a worker, and has not created the worker."""
+
+    def __init__(self, number, *arguments):
+        self.program = ("-c", textwrap.dedent(KILLED_BETWEEN).format(number=number))
+        super().__init__(*arguments)
+
+    def is_killed(self):
+        assert self.process.wait(NODE_TIMEOUT_S) == -signal.SIGKILL, self.log()
+
+
+def test_a_place_that_was_reserved_for_nobody_is_given_back(cluster, tmp_path):
+    directory = write_checkpoint("llama", tmp_path / "llama")
+    write_tokenizer(directory)
+    flags = [*serve_flags(cluster.address), "--max-model-len", 64, "--device", "cpu", "--placement-timeout", 10]
+    KilledBetween(1, directory, *flags).is_killed()
+    second = KilledBetween(2, directory, *flags, "--orphan-timeout", 1)
+    second.is_killed()
+    assert re.search("afd-server-.*/ffn-0 was reserved by a front-end that is gone", second.log())
+    # Of the second one a worker is there: it ends as an orphan, and gives back the other place with its own.
+    cluster.wait_until_all_is_free()
+    with Server(directory, *flags) as server:
+        assert "was reserved" not in server.log()
+        assert server.stop() == 0
 
 
 def test_a_lost_node_is_said_with_what_is_missing_and_a_new_one_takes_its_worker(cluster, tmp_path):
