@@ -77,7 +77,8 @@ class FFNGroup:
     """Channel of a pipeline (see pipeline.py) over the links to all FFN workers.
 
     Used by one thread, the engine's; `replace`, `retire` and `give_up` may come from any other. So what they change (_peers, _choices)
-    is never changed in place: a new object takes its place. progressed_at: when the last answer came, monotonic seconds.
+    is never changed in place: a new object takes its place. unplaced: what the cluster lacks for FFN workers that have no
+    place, by index; set from any thread. progressed_at: when the last answer came, monotonic seconds.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class FFNGroup:
         self._peers = {index: _Peer(connector) for index, connector in sorted(connectors.items())}
         self._retired: frozenset[int] = frozenset()
         self._given_up: dict[int, str] = {}  # index -> reason
+        self.unplaced: Mapping[int, str] = {}
         self._choices = self._choose()
         assert all(self._choices), "every shard has a worker"
         self._flights: dict[int, _Flight] = {}
@@ -191,10 +193,7 @@ class FFNGroup:
                 return
             assert failure is not None
             if time.monotonic() + REDIAL_EVERY_S >= deadline:
-                raise WorkerTimeoutError(
-                    failure.worker, f"out of reach for {self._timeout_s:g} s: {failure.problem}",
-                    layer=flight.tag.layer, step=flight.tag.step,
-                )  # fmt: skip
+                raise _out_of_reach(flight.tag, failure, self._choices[shard], self.unplaced, self._timeout_s)
             time.sleep(REDIAL_EVERY_S)
 
     def _receive_part(self, flight: _Flight, shard: int, deadline: float) -> Answer:
@@ -365,3 +364,16 @@ class FFNGroup:
         peer.calls.clear()
         if link is not None:
             link.close()
+
+
+def _out_of_reach(
+    tag: CallTag, failure: WorkerError, choices: Collection[int], unplaced: Mapping[int, str], timeout_s: float
+) -> WorkerTimeoutError:
+    """Of a shard. That one of its workers cannot be placed says more than that nobody listens there."""
+    worker, problem = failure.worker, failure.problem
+    for index in choices:
+        if index in unplaced:
+            worker, problem = f"ffn-{index}", f"cannot be placed: {unplaced[index]}"
+    return WorkerTimeoutError(
+        worker, f"out of reach for {timeout_s:g} s: {problem}", layer=tag.layer, step=tag.step
+    )

@@ -37,6 +37,7 @@ class AttentionWorker:
     """Carries out plans on the thread that calls it. `cache` holds one tensor per layer (kvcache/storage.py).
 
     graphs: of the half's layers on this cache, for the micro-batches that they take.
+    threads: how many of the processor's it uses from the next step on, set by any thread; None: as torch is set.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class AttentionWorker:
         device: torch.device,
         graphs: AttentionGraphs | None = None,
     ) -> None:
+        self.threads: int | None = None
         self._half = half
         self._cache = cache
         self._ffn_group = ffn_group
@@ -69,6 +71,8 @@ class AttentionWorker:
         may be planned again, of requests that are started again.
         """
         started_at = time.perf_counter()
+        if self.threads is not None and self.threads != torch.get_num_threads():
+            torch.set_num_threads(self.threads)  # counts for the thread that calls it
         for request_id in plan.finished:
             self._sampler.forget(request_id)
         for request in plan.started:

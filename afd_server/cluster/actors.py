@@ -80,6 +80,17 @@ class Description:
     ffn_version: int
 
 
+@dataclass(frozen=True, slots=True)
+class FFNList:
+    """The FFN workers as attention workers are told of them, by index: where each listens, or listened last, why some will not
+    come back, and what the cluster lacks for others to be placed. version: a later list has a higher one."""
+
+    version: int
+    endpoints: Mapping[int, Endpoint]
+    given_up: Mapping[int, str]
+    unplaced: Mapping[int, str]
+
+
 class WorkerActor:
     """What both kinds have in common: being there, being spoken to, and being gone."""
 
@@ -119,6 +130,12 @@ class WorkerActor:
                 reason = host.worker.failure or "its thread has ended"
                 logger.critical("%s; this process is to be started again", reason)
                 return reason
+
+    def share_host(self, config: ServeConfig) -> None:
+        """There are other numbers of workers now, those of `config`, by which they share the cores of their hosts."""
+        self._config = config
+        if self._host is not None:
+            self._host.worker.share_host(config)
 
     def stop(self) -> None:
         """Ends the worker after the step or batch under way."""
@@ -162,8 +179,9 @@ class FFNActor(WorkerActor):
         configure_logging(ffn_name(index))
         super().__init__(config, index, server)
 
-    def load(self) -> Loaded:
+    def load(self, config: ServeConfig) -> Loaded:
         """Loads the shard and starts to serve, instead of what was served before. Raises StartError with the reason."""
+        self._config = config
         return self._load_once(self._load)
 
     def _load(self) -> Loaded:
@@ -189,16 +207,14 @@ class AttentionActor(WorkerActor):
         self._events = asyncio.new_event_loop()
         threading.Thread(target=self._events.run_forever, name="control", daemon=True).start()
 
-    def load(self, version: int, ffn: Mapping[int, Endpoint], given_up: Mapping[int, str]) -> Loaded:
-        """Loads, connects to the FFN workers and starts the engine, instead of what ran before.
-
-        ffn: where they listen, by index; given_up: why some of them will not come back; version: of both. Raises StartError
-        with the reason.
-        """
+    def load(self, config: ServeConfig, ffn: FFNList) -> Loaded:
+        """Loads, connects to the FFN workers and starts the engine, instead of what ran before. Raises StartError with the
+        reason."""
+        self._config = config
         with self._ffn_lock:  # before the imports, which take seconds: news of them come meanwhile
-            self._ffn, self._ffn_version = dict(ffn), version
-        loaded = self._load_once(partial(self._load, ffn))
-        self._give_up(given_up)
+            self._ffn, self._ffn_version = dict(ffn.endpoints), ffn.version
+        loaded = self._load_once(partial(self._load, ffn.endpoints))
+        self._note_missing(ffn)
         return loaded
 
     def _load(self, ffn: Mapping[int, Endpoint]) -> Loaded:
@@ -220,31 +236,34 @@ class AttentionActor(WorkerActor):
             self._host = host
         return host.loaded
 
-    def use_ffn(self, version: int, ffn: Mapping[int, Endpoint], given_up: Mapping[int, str]) -> None:
-        """These are the FFN workers now, all of them, and those among them that are given up; ignored when a later version is known.
+    def use_ffn(self, ffn: FFNList) -> None:
+        """These are the FFN workers now, all of them; ignored when a later version is known.
 
         Returns when no call is under way to one that is missing from them.
         """
         with self._ffn_lock:
             host = self._host
-            if version <= self._ffn_version:
+            if ffn.version <= self._ffn_version:
                 return
             if host is None:
                 # A load under way dials there, too. Who has come or gone it is told again when it is loaded.
-                self._ffn |= {index: endpoint for index, endpoint in ffn.items() if index in self._ffn}
+                self._ffn |= {
+                    index: endpoint for index, endpoint in ffn.endpoints.items() if index in self._ffn
+                }
                 return
-            before, self._ffn, self._ffn_version = self._ffn, dict(ffn), version
-            for index, endpoint in ffn.items():
+            before, self._ffn, self._ffn_version = self._ffn, dict(ffn.endpoints), ffn.version
+            for index, endpoint in ffn.endpoints.items():
                 if before.get(index) != endpoint:
                     host.replace_ffn(index)
-            self._give_up(given_up)
-        for index in before.keys() - ffn.keys():
+            self._note_missing(ffn)
+        for index in before.keys() - ffn.endpoints.keys():
             if not host.worker.retire_ffn(index, RETIRE_TIMEOUT_S):
                 logger.warning("FFN worker %d leaves with a call under way, which is sent again", index)
 
-    def _give_up(self, given_up: Mapping[int, str]) -> None:
-        for index, reason in given_up.items():
-            if self._host is not None:
+    def _note_missing(self, ffn: FFNList) -> None:
+        if self._host is not None:
+            self._host.worker.note_unplaced_ffn(ffn.unplaced)
+            for index, reason in ffn.given_up.items():
                 self._host.worker.give_up_ffn(index, reason)
 
 

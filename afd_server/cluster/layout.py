@@ -69,6 +69,17 @@ def resolve(config: ServeConfig, spec: ModelSpec, directory: Path) -> ServeConfi
     )
 
 
+def with_workers(config: ServeConfig, attention_workers: int, ffn_replicas: int) -> ServeConfig:
+    """The same with other numbers of workers. How the FFN side is divided into shards stays."""
+    ep, tp = config.ffn_shards
+    return dataclasses.replace(
+        config,
+        attention_workers=attention_workers,
+        ffn_workers=ffn_replicas * ep * tp,
+        ffn_replicas=ffn_replicas,
+    )
+
+
 def torch_dtype(config: ServeConfig) -> torch.dtype:
     """Of weights and KV cache, and with torch's operations of activations."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]

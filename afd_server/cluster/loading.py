@@ -45,7 +45,7 @@ def load_all(
     everyone: Sequence[Member],
 ) -> list[Any]:
     """Every member's answer to `load`. Raises StartError. everyone: the workers that have to be there meanwhile, all of them."""
-    waiting = {member.actor.load.remote(*arguments): member for member in members}
+    waiting = {member.actor.load.remote(config, *arguments): member for member in members}
     problem = f"not loaded within {deadline.timeout_s:g} s (raise --start-timeout)"
     heartbeats = [_Heartbeat(member, loading_heartbeat_timeout_s(config)) for member in everyone]
     results: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from afd_server.cluster.actors import AttentionActor, FFNActor
 from afd_server.cluster.groups import remove_abandoned_groups, remove_groups
+from afd_server.cluster.layout import with_workers
 from afd_server.cluster.loading import load_all, wait_for_processes
 from afd_server.cluster.names import worker_name
 from afd_server.cluster.own_ray import OwnRay
@@ -101,15 +102,16 @@ class RayCluster:
         wanted = self._wanted()
         self._take_over()
         missing = [each for each in wanted if worker_name(*each) not in self._places]
-        for member in self.create(missing, self._config, Deadline(self._config.placement_timeout, cancelled)):
+        config = self._supervisor.config = self._with_numbers(wanted)
+        for member in self.create(missing, config, Deadline(config.placement_timeout, cancelled)):
             self._supervisor.add(member)
         wait_for_processes(self._supervisor.all_members(), cancelled)
-        deadline = Deadline(self._config.start_timeout, cancelled)
+        deadline = Deadline(config.start_timeout, cancelled)
         for role in KINDS:
-            arguments = () if role == "ffn" else self._supervisor.ffn_endpoints()
+            arguments = () if role == "ffn" else (self._supervisor.ffn_list(),)
             empty = [member for member in self._supervisor.members(role) if member.name not in loaded]
             everyone = self._supervisor.all_members()
-            answers = load_all(empty, deadline, self._config, *arguments, everyone=everyone)
+            answers = load_all(empty, deadline, config, *arguments, everyone=everyone)
             loaded |= {member.name: answer for member, answer in zip(empty, answers, strict=True)}
             for member in self._supervisor.members(role):
                 endpoint, info, _ = loaded[member.name]
@@ -135,6 +137,12 @@ class RayCluster:
               for replica in sorted(replicas or range(self._config.ffn_replicas)) for shard in range(shards)),
             *(("attention", index) for index in sorted(attention or range(self._config.attention_workers))),
         ]  # fmt: skip
+
+    def _with_numbers(self, workers: Sequence[tuple[Role, int]]) -> ServeConfig:
+        """The configuration with the numbers of these workers: a server that is attached to may have been scaled."""
+        ep, tp = self._config.ffn_shards
+        num_attention = sum(role == "attention" for role, _ in workers)
+        return with_workers(self._config, num_attention, (len(workers) - num_attention) // (ep * tp))
 
     def _take_over(self) -> None:
         """The workers that have described themselves become this server's. The others are ended, to be made again."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import threading
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
@@ -17,8 +16,9 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayError
 
+from afd_server.cluster.layout import with_workers
 from afd_server.cluster.placement import Deadline
-from afd_server.cluster.supervisor import Supervisor
+from afd_server.cluster.supervisor import Supervisor, tell
 from afd_server.cluster.watch import Member, Role, first_line, load
 from afd_server.config import ServeConfig
 from afd_server.errors import CannotScaleError, ChangeUnderWayError, ServingError
@@ -75,6 +75,7 @@ class Rescaler:
             for first in _dispensable([group[0] for group in replicas.values()], len(replicas) - num_replicas):
                 surplus += replicas[first.index // self._shards]
             await self._remove(surplus)
+            await self._share_hosts(num_attention, num_replicas)
 
     async def restart(self) -> None:
         """Returns when every worker that there was has a new process.
@@ -153,12 +154,8 @@ class Rescaler:
         ]  # fmt: skip
         if not wanted:
             return
-        config = dataclasses.replace(
-            self._config,
-            attention_workers=num_attention,
-            ffn_workers=num_replicas * self._shards,
-            ffn_replicas=num_replicas,
-        )
+        before = self._supervisor.config
+        config = self._supervisor.config = with_workers(self._config, num_attention, num_replicas)
         deadline = Deadline(placement_timeout_s or self._config.placement_timeout, threading.Event())
         new: list[Member] = []
         try:
@@ -172,11 +169,12 @@ class Rescaler:
         except (ServingError, RayError, TimeoutError) as error:
             late = f"not loaded within {self._config.start_timeout:g} s (see --start-timeout)"
             reason = late if isinstance(error, TimeoutError) else first_line(error)
+            self._supervisor.config = before
             await self._remove(new)
             raise CannotScaleError(f"nothing has changed: {reason}") from None
 
     async def _load_ffn(self, member: Member) -> None:
-        endpoint, info, _ = await load(member, self._config)
+        endpoint, info, _ = await load(member, self._supervisor.config)
         member.serves_at(endpoint, info)
         self._admit(member)
 
@@ -188,6 +186,16 @@ class Rescaler:
     def _admit(self, member: Member) -> None:
         self._apart.remove(member)
         self._supervisor.add(member)
+
+    async def _share_hosts(self, num_attention: int, num_replicas: int) -> None:
+        """Tells every worker how many there are now: by that they share the cores of their hosts, from their next step on."""
+        config = self._supervisor.config = with_workers(self._config, num_attention, num_replicas)
+        await asyncio.gather(
+            *(
+                tell(member, member.actor.share_host.remote(config), "the new numbers of workers")
+                for member in self._supervisor.all_members()
+            )
+        )
 
     async def _remove(self, members: Sequence[Member]) -> None:
         """Takes workers out of service, whether they are in it already or not; of FFN workers, whole replicas."""

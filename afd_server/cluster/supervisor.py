@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
 from ray.exceptions import RayError
 
+from afd_server.cluster.actors import FFNList
 from afd_server.cluster.watch import (
     PROCESS_TIMEOUT_S,
     Kind,
@@ -32,7 +33,6 @@ from afd_server.config import ServeConfig
 from afd_server.errors import WorkerError, WorkerFrozenError
 from afd_server.router.router import Router
 from afd_server.telemetry.worker_metrics import WorkerMetrics
-from afd_server.transport.base import Endpoint
 from afd_server.transport.control import ControlClient
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,6 @@ RECONNECT_POLL_S = 1.0
 EXPLAIN_AFTER_S = 2.0
 # How long a worker may take to hear of another one's restart before the next ones go on without it.
 TELL_TIMEOUT_S = 10.0
-
-
-# See Supervisor.ffn_endpoints.
-FFNList = tuple[int, dict[int, Endpoint], dict[int, str]]
 
 
 class Processes(Protocol):
@@ -64,14 +60,14 @@ class Processes(Protocol):
 
 
 class Supervisor:
-    """Watches over loaded members, which may come and go.
+    """Watches over loaded members, which may come and go. config: with the numbers of workers that there are, or will be.
 
     Attention workers are told the whole list of FFN workers whenever it changes, with a version that grows, so that news
     which overtakes other news does no harm.
     """
 
     def __init__(self, config: ServeConfig, processes: Processes, ffn_version: int = 0) -> None:
-        self._config = config
+        self.config = config
         self._processes = processes
         self._members: list[Member] = []
         self._ffn_version = ffn_version + 1
@@ -113,12 +109,14 @@ class Supervisor:
         if self._metrics is not None:
             self._metrics.forget(member.name)
 
-    def ffn_endpoints(self) -> FFNList:
-        """The version of what follows; where the FFN workers listen, or listened last, and why some of them are given up,
-        each by index."""
+    def ffn_list(self) -> FFNList:
         now, ffn = time.monotonic(), self.members("ffn")
-        listening = {each.index: each.endpoint for each in ffn if each.endpoint and each.phase != "draining"}
-        return self._ffn_version, listening, {each.index: each.problem(now) for each in ffn if each.given_up}
+        return FFNList(
+            self._ffn_version,
+            {each.index: each.endpoint for each in ffn if each.endpoint and each.phase != "draining"},
+            {each.index: each.problem(now) for each in ffn if each.given_up},
+            {each.index: each.unplaced for each in ffn if each.unplaced},
+        )
 
     async def tell_ffn(self) -> None:
         """The list of FFN workers has changed: tells every attention worker, one that loads included: it may wait for them.
@@ -136,15 +134,15 @@ class Supervisor:
         """
         version = 0  # of the list that the process knows for certain
 
-        def list_of_ffn() -> FFNList:
+        def list_of_ffn() -> tuple[FFNList]:
             nonlocal version
             # From here on it hears of changes: it may wait for FFN workers that restart meanwhile.
             self._loading.add(member)
             version = self._ffn_version
-            return self.ffn_endpoints()
+            return (self.ffn_list(),)
 
         try:
-            endpoint, info, _ = await load(member, self._config, list_of_ffn)
+            endpoint, info, _ = await load(member, self.config, list_of_ffn)
         finally:
             self._loading.discard(member)
         member.serves_at(endpoint, info)
@@ -173,7 +171,7 @@ class Supervisor:
 
     def _one_of_each(self) -> list[list[Member]]:
         """The attention workers, and the FFN workers of each shard: of each of these groups somebody is needed."""
-        ep, tp = self._config.ffn_shards
+        ep, tp = self.config.ffn_shards
         ffn = self.members("ffn")
         shards = [[member for member in ffn if member.index % (ep * tp) == shard] for shard in range(ep * tp)]
         return [self.members("attention"), *shards]
@@ -187,7 +185,7 @@ class Supervisor:
 
     async def _watch(self, member: Member) -> None:
         while True:
-            kind, reason = await trouble(member, self._config)
+            kind, reason = await trouble(member, self.config)
             member.life = None
             planned = member.phase == "restarting"
             self._goes_down(member, "is being restarted" if planned else reason)
@@ -224,11 +222,11 @@ class Supervisor:
                 await self._find_process(member)
                 await self._hopeful_ffn(member)
                 restore = self._restore_ffn if member.role == "ffn" else self._restore_attention
-                async with asyncio.timeout(self._config.start_timeout):
+                async with asyncio.timeout(self.config.start_timeout):
                     await restore(member)
                 return True
             except (TimeoutError, WorkerFrozenError) as error:
-                kind, reason = _lateness(error, self._config.start_timeout)
+                kind, reason = _lateness(error, self.config.start_timeout)
                 _note(member, reason)
                 self._end(member, restart=True)
             except (RayError, WorkerError) as error:
@@ -316,7 +314,7 @@ class Supervisor:
         member.restarts.up(now)
 
     def _say_unplaced(self, member: Member, missing: str) -> None:
-        assert self._metrics is not None
+        assert self._metrics is not None and self._tasks is not None
         if missing != member.unplaced:
             member.unplaced = missing
             self._metrics.unplaced(member.name, missing)
@@ -324,9 +322,11 @@ class Supervisor:
                 logger.error("%s cannot be placed: %s", member.name, missing)
             else:
                 logger.warning("%s has been placed", member.name)
+            if member.role == "ffn":  # for the errors of requests that wait for it
+                self._tasks.create_task(self.tell_ffn())
 
     async def _restore_ffn(self, member: Member) -> None:
-        endpoint, info, _ = await load(member, self._config)
+        endpoint, info, _ = await load(member, self.config)
         member.serves_at(endpoint, info)
         await self.tell_ffn()
         self._comes_back(member)
@@ -354,15 +354,20 @@ class Supervisor:
     async def _tell(self, member: Member) -> None:
         """Tells an attention worker where the FFN workers are now.
 
-        The call is in the worker's queue from here on. One that is slow to take it is not waited for, and one that dies
-        meanwhile learns the same when it is loaded again.
+        The call is in the worker's queue from here on.
         """
-        try:
-            async with asyncio.timeout(TELL_TIMEOUT_S):
-                await member.actor.use_ffn.remote(*self.ffn_endpoints())
-        except (RayError, TimeoutError) as error:
-            if member.down_since is None:
-                logger.warning("%s has not confirmed the new FFN workers: %s", member.name, first_line(error))
+        await tell(member, member.actor.use_ffn.remote(self.ffn_list()), "the new FFN workers")
+
+
+async def tell(member: Member, call: Awaitable[None], news: str) -> None:
+    """Waits for a worker's answer to news. One that is slow to take them is not waited for, and one that dies meanwhile learns the
+    same when it is loaded again."""
+    try:
+        async with asyncio.timeout(TELL_TIMEOUT_S):
+            await call
+    except (RayError, TimeoutError) as error:
+        if member.down_since is None:
+            logger.warning("%s has not confirmed %s: %s", member.name, news, first_line(error))
 
 
 def _lateness(error: TimeoutError | WorkerFrozenError, start_timeout_s: float) -> tuple[Kind, str]:

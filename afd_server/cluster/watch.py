@@ -150,7 +150,7 @@ async def load(member: Member, config: ServeConfig, arguments: Callable[[], tupl
     """
     if await next_pulse(member, PROCESS_TIMEOUT_S) is None:
         raise WorkerFrozenError(member.name, f"no process within {PROCESS_TIMEOUT_S:g} s")
-    loading = asyncio.create_task(_load(member, *arguments()))
+    loading = asyncio.create_task(_load(member, config, *arguments()))
     watching = asyncio.create_task(_silence(member, loading_heartbeat_timeout_s(config)))
     try:
         await asyncio.wait((loading, watching), return_when=asyncio.FIRST_COMPLETED)
@@ -176,8 +176,8 @@ def _no_answer(timeout_s: float) -> str:
     return f"has not answered for {timeout_s:g} s"
 
 
-async def _load(member: Member, *arguments: Any) -> Loaded:
-    loaded: Loaded = await member.actor.load.remote(*arguments)
+async def _load(member: Member, config: ServeConfig, *arguments: Any) -> Loaded:
+    loaded: Loaded = await member.actor.load.remote(config, *arguments)
     return loaded
 
 

@@ -130,6 +130,10 @@ class FFNServer:
         """Why calls are served no more, where an error is to blame."""
         return self._worker.failure
 
+    def share_host(self, config: ServeConfig) -> None:
+        """The numbers of workers are those of `config` now. Callable from any thread."""
+        self._worker.threads = threads_per_worker(config, usable_cores())
+
     def stalled_s(self) -> float:
         """Since when the thread has been at one batch."""
         return time.monotonic() - self._worker.progressed_at
@@ -214,6 +218,14 @@ class AttentionReplica:
     def give_up_ffn(self, index: int, reason: str) -> None:
         """FFN worker `index` will not come back. Callable from any thread."""
         self._ffn_group.give_up(index, reason)
+
+    def note_unplaced_ffn(self, missing: Mapping[int, str]) -> None:
+        """What the cluster lacks for FFN workers to be placed, by index. Callable from any thread."""
+        self._ffn_group.unplaced = missing
+
+    def share_host(self, config: ServeConfig) -> None:
+        """The numbers of workers are those of `config` now. Callable from any thread."""
+        self.worker.threads = threads_per_worker(config, usable_cores())
 
     def retire_ffn(self, index: int, timeout_s: float) -> bool:
         """FFN worker `index` is to leave: whether no call to it is under way any more. Callable from any thread."""

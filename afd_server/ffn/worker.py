@@ -35,6 +35,7 @@ class FFNWorker:
     Python in between, where the listener can, one after the other.
     end_at_failure: whether a call that cannot be computed ends `serve`, after its caller has been told the reason. That
     is right where the worker is started afresh: what broke once (a device, memory) rarely mends itself.
+    threads: how many of the processor's it uses, soon after it is set by any thread; None: as torch is set.
     failure: the first such reason. progressed_at: when the thread last began to wait or to compute, monotonic seconds.
     """
 
@@ -48,6 +49,7 @@ class FFNWorker:
         end_at_failure: bool = False,
     ) -> None:
         self.name = name
+        self.threads: int | None = None
         self.failure = ""
         self.progressed_at = time.monotonic()
         self._end_at_failure = end_at_failure
@@ -72,6 +74,8 @@ class FFNWorker:
         A call that cannot be computed is answered with the reason. To be called in inference mode.
         """
         self.progressed_at = time.monotonic()
+        if self.threads is not None and self.threads != torch.get_num_threads():
+            torch.set_num_threads(self.threads)  # counts for the thread that calls it
         if self._kernels and not self._waiting and self._listener.serve_usual_calls(self._kernels, timeout_s):
             self.progressed_at = time.monotonic()
             timeout_s = 0.0

@@ -339,6 +339,24 @@ def test_a_worker_given_up_fails_its_calls_at_once_with_the_reason(start_workers
     group.close()
 
 
+def test_what_is_missing_for_a_worker_to_be_placed_is_in_the_error_at_the_deadline(start_workers):
+    workers = start_workers()
+    group = workers.group(timeout_s=0.2)
+    workers.stop(0)
+
+    def ask():
+        group.begin_step(1)
+        group.send(0, moe_call())
+        group.receive(0)
+
+    with pytest.raises(WorkerTimeoutError, match="ffn-0, layer"):
+        ask()
+    group.unplaced = {0: "it needs 1 ffn"}
+    with pytest.raises(WorkerTimeoutError, match=r"ffn-0, layer .*: cannot be placed: it needs 1 ffn"):
+        ask()
+    group.close()
+
+
 def test_a_replica_given_up_is_passed_over_and_one_that_comes_back_is_asked_again(start_workers):
     workers = start_workers(replicas=2)
     group = workers.group()

@@ -11,7 +11,12 @@ from ray.exceptions import OutOfMemoryError
 
 from afd_server.cluster.rescale import Rescaler
 from afd_server.errors import CannotScaleError, ChangeUnderWayError, StartError, WorkerError
-from tests.unit.cluster.test_supervisor import short_waits, supervised, until  # noqa: F401  a fixture
+from tests.unit.cluster.test_supervisor import (  # noqa: F401  a fixture
+    shares,
+    short_waits,
+    supervised,
+    until,
+)
 
 
 class Staff:
@@ -80,7 +85,7 @@ async def test_more_of_both_kinds():
         # Those that were there hear of the new replica; the new attention worker is loaded with it.
         assert [len(told) for told in cluster.attention[0].actor.told] == [4]
         (new_attention,) = [each for each in rescaler.members() if each.name == "attention-2"]
-        assert len(new_attention.actor.loads[0][1]) == 4
+        assert len(new_attention.actor.loads[0][1].endpoints) == 4
         assert rescaler.under_way == ""
         new_attention.actor.die()  # it is watched over
         await until(lambda: cluster.replaced == [("attention-2", "client of attention-2")])
@@ -98,7 +103,29 @@ async def test_fewer_of_both_kinds_the_dispensable_ones_first():
             "dismiss ffn-0",
         ]
         assert cluster.attention[0].actor.told == [[0]]
-        assert set(cluster.supervisor.ffn_endpoints()[1]) == {1}
+        assert set(cluster.supervisor.ffn_list().endpoints) == {1}
+
+
+async def test_everybody_hears_how_many_they_are_and_so_does_whoever_is_restarted_later():
+    async with rescaled() as (cluster, _, rescaler):
+        await rescaler.scale(3, 2)
+        assert {member.actor.shares[-1] for member in rescaler.members()} == {(3, 4)}
+        (new,) = [member for member in rescaler.members() if member.name == "attention-2"]
+        assert shares(new.actor.loads[0][0]) == (3, 4)
+        cluster.ffn[0].actor.die()
+        await until(lambda: cluster.ffn[0].actor.loads and cluster.supervisor.health() == [])
+        assert shares(cluster.ffn[0].actor.loads[0][0]) == (3, 4)
+        await rescaler.scale(1, 1)
+        assert {member.actor.shares[-1] for member in rescaler.members()} == {(1, 2)}
+
+
+async def test_what_has_failed_is_not_counted_later():
+    async with rescaled() as (cluster, staff, rescaler):
+        staff.failures = {"attention-2": [StartError("its file is damaged")]}
+        with pytest.raises(CannotScaleError):
+            await rescaler.scale(3, 1)
+        assert shares(cluster.supervisor.config) == (2, 2)
+        assert cluster.attention[0].actor.shares == []
 
 
 async def test_one_number_alone_leaves_the_other():
@@ -127,7 +154,7 @@ async def test_one_that_cannot_be_loaded_takes_its_companions_along(failing):
         assert dismissed == {f"dismiss {name}" for name in ("ffn-2", "ffn-3", "attention-2", "attention-3")}
         added = [event.split()[-1] for event in staff.events if event.startswith("add")]
         assert {f"remove {name}" for name in added} == {event for event in staff.events if "remove" in event}
-        assert set(cluster.supervisor.ffn_endpoints()[1]) == {0, 1}
+        assert set(cluster.supervisor.ffn_list().endpoints) == {0, 1}
 
 
 async def test_one_change_at_a_time():

@@ -49,6 +49,8 @@ class Actor:
         self.name = name
         self.loads = []
         self.told = []
+        self.shares = []
+        self.told_unplaced = {}
         self.failures = []
         self.ends = []
         self.deaf = self.stopped = False
@@ -93,11 +95,20 @@ class Actor:
         endpoint = Endpoint(self.name, "node", None, "127.0.0.1", len(self.loads))
         return endpoint, None, []
 
-    async def _use_ffn(self, version, endpoints, given_up):
+    async def _use_ffn(self, ffn):
         if self.deaf:
             await asyncio.Event().wait()
-        self.told.append(ports(endpoints))
-        self.told_given_up = given_up
+        self.told.append(ports(ffn.endpoints))
+        self.told_given_up, self.told_unplaced = ffn.given_up, ffn.unplaced
+
+    async def _share_host(self, config):
+        if self.deaf:
+            await asyncio.Event().wait()
+        self.shares.append(shares(config))
+
+
+def shares(config):
+    return config.attention_workers, config.ffn_workers
 
 
 def ports(endpoints):
@@ -204,7 +215,7 @@ async def test_a_dead_attention_worker_is_loaded_with_the_present_endpoints_and_
         cluster.attention[0].actor.die()
         await until(lambda: cluster.replaced)
         assert cluster.replaced == [("attention-0", "client of attention-0")]
-        assert ports(cluster.attention[0].actor.loads[0][1]) == [0, 0]
+        assert ports(cluster.attention[0].actor.loads[0][1].endpoints) == [0, 0]
 
 
 async def test_both_kinds_at_once_and_the_later_endpoint_wins():
@@ -214,7 +225,7 @@ async def test_both_kinds_at_once_and_the_later_endpoint_wins():
         cluster.ffn[0].actor.die()
         await until(lambda: cluster.replaced)
         loads, told = cluster.attention[0].actor.loads, cluster.attention[0].actor.told
-        assert ports(loads[-1][1]) == [1, 0] or told[-1] == [1, 0]
+        assert ports(loads[-1][1].endpoints) == [1, 0] or told[-1] == [1, 0]
         assert cluster.supervisor.health() == []
 
 
@@ -260,7 +271,7 @@ async def test_what_a_worker_is_loaded_with_is_true_when_it_is_sent(monkeypatch)
     async with supervised() as cluster:
         cluster.attention[0].actor.die()
         await until(lambda: cluster.replaced)
-        assert ports(cluster.attention[0].actor.loads[-1][1]) == [0, 1]
+        assert ports(cluster.attention[0].actor.loads[-1][1].endpoints) == [0, 1]
 
 
 async def test_an_attention_worker_that_does_not_listen_holds_nobody_up(monkeypatch):
@@ -317,7 +328,7 @@ async def test_a_worker_that_loads_hears_of_what_changed_meanwhile():
         )  # at once, although it is no member yet: it may wait for this worker
         go.set()
         assert await joining == "client of attention-2"
-        assert (ports(new.actor.loads[0][1]), new.actor.told[-1]) == ([0, 0], [0, 1])
+        assert (ports(new.actor.loads[0][1].endpoints), new.actor.told[-1]) == ([0, 0], [0, 1])
 
 
 @pytest.mark.parametrize("role", ["ffn", "attention"])
@@ -417,7 +428,7 @@ async def test_attention_workers_are_given_up_one_by_one():
 async def test_a_load_that_hangs_is_ended_and_tried_again():
     async with supervised(start_timeout=0.05) as cluster:
         member = cluster.ffn[0]
-        load, member.actor._load = member.actor._load, lambda: asyncio.Event().wait()
+        load, member.actor._load = member.actor._load, lambda config: asyncio.Event().wait()
         member.actor.die()
         await until(lambda: member.actor.ends == [True])
         assert "--start-timeout" in cluster.supervisor.health()[0]
@@ -452,9 +463,12 @@ async def test_a_worker_without_a_place_is_said_with_what_is_missing_and_costs_n
         await until(lambda: any("too little ffn" in line for line in cluster.supervisor.health()))
         assert cluster.metric("afd:workers_unplaced", worker="ffn-1", missing="too little ffn") == 1
         assert cluster.metric("afd:worker_up", worker="ffn-1", role="ffn") == 0
+        # Attention workers hear of it, for the errors of what waits for it.
+        await until(lambda: all(m.actor.told_unplaced == {1: "too little ffn"} for m in cluster.attention))
         cluster.missing = ""
         cluster.ffn[1].actor.absent = None
         await until(lambda: cluster.supervisor.health() == [])
+        assert all(m.actor.told_unplaced == {} for m in cluster.attention)
         assert cluster.metric("afd:workers_unplaced", worker="ffn-1", missing="too little ffn") is None
         assert cluster.metric("afd:worker_up", worker="ffn-1", role="ffn") == 1
         assert cluster.metric("afd:worker_restarts_total", worker="ffn-1", reason="died") == 1

@@ -1,6 +1,7 @@
 """The FFN worker's loop: what waits together for a layer is one batch, and every caller gets its own rows."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -53,6 +54,31 @@ def test_calls_that_wait_together_for_a_layer_are_one_batch():
     for replica, answer in enumerate(answers):
         expected = torch.full((replica + 1, HIDDEN), float(layers[replica] * (replica + 1)))
         assert torch.equal(answer.y, expected)
+
+
+def test_the_number_of_threads_may_change_while_it_serves():
+    class Counts(LayerTimesX):
+        def forward(self, call, out=None):
+            threads.append(torch.get_num_threads())
+            return super().forward(call, out)
+
+    listener, threads = InprocListener("ffn-0"), []
+    worker = FFNWorker("ffn-0", Counts(), listener)
+    link = listener.connect(SHAPE, 0)
+    thread = threading.Thread(target=worker.serve, daemon=True)
+    worker.threads = 3
+    thread.start()
+    deadline = time.monotonic() + 10
+    for step in range(1000):
+        tag = CallTag(0, step, 5, 0)
+        link.send(tag, routed_call(5, rows=1, value=1))
+        link.receive(tag, 10.0)
+        worker.threads = 2
+        if threads[-1] == 2 or time.monotonic() > deadline:
+            break
+    worker.stop()
+    thread.join(10)
+    assert (threads[0], threads[-1]) == (3, 2)
 
 
 def test_calls_are_routed_one_by_one_before_they_are_merged():
