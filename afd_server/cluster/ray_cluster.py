@@ -271,12 +271,16 @@ class RayCluster:
         return self._supervisor.refusal()
 
     def stop(self) -> None:
-        """Asks every worker to end its work, then ends the processes. Harmless when nothing was started."""
+        """Asks every worker to end its work, then ends the processes. Harmless when nothing was started.
+
+        One that has never answered is not asked: it would be waited for.
+        """
         if self._own_ray is not None and not self._own_ray.is_running():  # nobody is left to be asked
             self._own_ray.end()
             return
         try:
-            ray.get([place.actor.stop.remote() for place in self._places.values()], timeout=STOP_TIMEOUT_S)
+            present = [member for member in self._supervisor.all_members() if member.pulse is not None]
+            ray.get([member.actor.stop.remote() for member in present], timeout=STOP_TIMEOUT_S)
         except GetTimeoutError as error:
             logger.warning("a worker did not stop by itself: %s", first_line(error))
         except RayError as error:
