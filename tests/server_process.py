@@ -1,6 +1,7 @@
 """A real server for tests: `python -m afd_server serve` as a child process, on a free port, asked over HTTP."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -21,6 +22,15 @@ def afd(*arguments, timeout_s=120.0):
     """One run of the command line to its end."""
     command = [sys.executable, "-m", "afd_server", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def wait_until(condition, timeout_s=START_TIMEOUT_S):
+    """Returns what the condition gives as soon as it is true."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.05)
+    return value
 
 
 class Server:
@@ -105,6 +115,23 @@ class Server:
     def post(self, path, **body):
         model = httpx.get(f"{self.url}/v1/models", timeout=30).json()["data"][0]["id"]
         return httpx.post(f"{self.url}{path}", json={"model": model, **body}, timeout=120)
+
+    def stream(self, body, on_token=lambda count: None):
+        """Of a completion with `stream` and `return_token_ids`: the token ids, and the error that ended it, if one did.
+        on_token is told how many there are each time that some have come."""
+        token_ids = []
+        with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=120) as response:
+            assert response.status_code == 200, response.read()
+            for line in response.iter_lines():
+                event = line.removeprefix("data: ")
+                if not event or event == "[DONE]":
+                    continue
+                message = json.loads(event)
+                if "error" in message:
+                    return token_ids, message["error"]
+                token_ids += message["choices"][0]["token_ids"] or []
+                on_token(len(token_ids))
+        return token_ids, None
 
     def metric(self, name, **labels):
         """Sum of the samples of a metric whose labels include the given ones."""

@@ -224,10 +224,8 @@ def test_a_place_that_was_reserved_for_nobody_is_given_back(cluster, tmp_path):
 def test_a_lost_node_is_said_with_what_is_missing_and_a_new_one_takes_its_worker(cluster, tmp_path):
     directory = write_checkpoint("llama", tmp_path / "llama")
     write_tokenizer(directory)
-    flags = serve_flags(cluster.address)
-    with Server(
-        directory, *flags, "--max-model-len", 64, "--device", "cpu", "--served-model-name", "m"
-    ) as server:
+    flags = [*serve_flags(cluster.address), "--max-model-len", 64, "--device", "cpu", "--ffn-timeout", 6]
+    with Server(directory, *flags) as server:
 
         def complete():
             return server.complete(PROMPT, max_tokens=8, temperature=0, ignore_eos=True, return_token_ids=True)
@@ -247,6 +245,9 @@ def test_a_lost_node_is_said_with_what_is_missing_and_a_new_one_takes_its_worker
         health(503, "ffn-0", "cannot be placed", "too little", "start a node that offers it")
         assert server.metric("afd:workers_unplaced", worker="ffn-0") == 1
         assert "ffn-0 cannot be placed" in server.log()
+        ended = server.post("/v1/completions", prompt=PROMPT, max_tokens=8)
+        for words in ("ffn-0", "out of reach for 6 s", "cannot be placed", "too little", "start a node"):
+            assert words in ended.json()["error"]["message"]
         cluster.start_node("ffn")
         health(200)
         assert complete()["token_ids"] == undisturbed

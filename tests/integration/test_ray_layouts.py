@@ -6,7 +6,6 @@ import torch
 from afd_server.config import ServeConfig
 from afd_server.llm import LLM
 from afd_server.types import SamplingParams
-from tests.checkpoints import write_checkpoint, write_tokenizer
 from tests.server_process import Server
 
 pytestmark = pytest.mark.integration
@@ -23,28 +22,21 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    directory = write_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral") / "model")
-    write_tokenizer(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def prompts():
     generator = torch.Generator().manual_seed(21)
     return [torch.randint(0, 250, (length,), generator=generator).tolist() for length in (4, 33, 12, 25)]
 
 
 @pytest.fixture(scope="module")
-def expected(directory, prompts):
-    config = ServeConfig(model=str(directory), executor="local", device="cpu", max_model_len=64)
+def expected(mixtral, prompts):
+    config = ServeConfig(model=str(mixtral), executor="local", device="cpu", max_model_len=64)
     with LLM(config) as llm:
         return llm.generate_token_ids(prompts, SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_actors_give_the_tokens_of_one_process(directory, prompts, expected, layout):
-    with Server(directory, "--max-model-len", 64, "--device", "cpu", *LAYOUTS[layout]) as server:
+def test_actors_give_the_tokens_of_one_process(mixtral, prompts, expected, layout):
+    with Server(mixtral, "--max-model-len", 64, "--device", "cpu", *LAYOUTS[layout]) as server:
         response = server.post(
             "/v1/completions",
             prompt=prompts,
@@ -59,8 +51,8 @@ def test_actors_give_the_tokens_of_one_process(directory, prompts, expected, lay
         assert "Traceback" not in server.log()
 
 
-def test_sigterm_ends_a_server_that_is_still_starting(directory):
-    server = Server(directory)
+def test_sigterm_ends_a_server_that_is_still_starting(mixtral):
+    server = Server(mixtral)
     server.wait_for_log("starting 1 attention")
     assert server.stop() == 0
     assert "Traceback" not in server.log()

@@ -6,16 +6,8 @@ import torch
 from afd_server.config import ServeConfig
 from afd_server.llm import LLM
 from afd_server.types import SamplingParams
-from tests.checkpoints import write_checkpoint, write_tokenizer
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    directory = write_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral") / "model")
-    write_tokenizer(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +25,15 @@ def requests():
     return prompts, sampling
 
 
-def run(directory, prompts, sampling, **settings):
-    config = ServeConfig(model=str(directory), executor="local", device="cpu", max_model_len=64, **settings)
+def run(mixtral, prompts, sampling, **settings):
+    config = ServeConfig(model=str(mixtral), executor="local", device="cpu", max_model_len=64, **settings)
     with LLM(config) as llm:
         return llm.generate_token_ids(prompts, sampling)
 
 
 @pytest.fixture(scope="module")
-def alone(directory, requests):
-    return [run(directory, [prompt], [params])[0] for prompt, params in zip(*requests, strict=True)]
+def alone(mixtral, requests):
+    return [run(mixtral, [prompt], [params])[0] for prompt, params in zip(*requests, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -57,13 +49,13 @@ def alone(directory, requests):
     ],
     ids=str,
 )
-def test_tokens_do_not_depend_on_company_or_layout(directory, requests, alone, settings):
-    assert run(directory, *requests, **settings) == alone
+def test_tokens_do_not_depend_on_company_or_layout(mixtral, requests, alone, settings):
+    assert run(mixtral, *requests, **settings) == alone
 
 
-def test_the_same_prompt_again_finds_its_blocks_and_gives_the_same(directory, requests):
+def test_the_same_prompt_again_finds_its_blocks_and_gives_the_same(mixtral, requests):
     prompts, sampling = requests
-    config = ServeConfig(model=str(directory), executor="local", device="cpu", max_model_len=64, block_size=4)
+    config = ServeConfig(model=str(mixtral), executor="local", device="cpu", max_model_len=64, block_size=4)
     with LLM(config) as llm:
         first = llm.run([prompts[2]], [sampling[2]])[0]
         second = llm.run([prompts[2]], [sampling[2]])[0]
@@ -73,8 +65,8 @@ def test_the_same_prompt_again_finds_its_blocks_and_gives_the_same(directory, re
     assert first == second
 
 
-def test_different_seeds_differ(directory, requests):
+def test_different_seeds_differ(mixtral, requests):
     prompt = requests[0][0]
     sampling = [SamplingParams(max_tokens=12, seed=seed, temperature=1.0, ignore_eos=True) for seed in range(4)]
-    outputs = run(directory, [prompt] * 4, sampling)
+    outputs = run(mixtral, [prompt] * 4, sampling)
     assert len({tuple(tokens) for tokens in outputs}) == 4

@@ -3,10 +3,8 @@
 One server for all of it, with real processes that are stopped and killed. The tests follow one another.
 """
 
-import json
 import os
 import signal
-import time
 
 import httpx
 import psutil
@@ -14,11 +12,10 @@ import pytest
 
 from tests.broken_workers import break_workers
 from tests.checkpoints import write_checkpoint, write_tokenizer
-from tests.server_process import Server
+from tests.server_process import Server, wait_until
 
 pytestmark = pytest.mark.integration
 
-DEADLINE_S = 90.0
 MAX_RESTARTS = 3
 ASK = {"model": "tiny", "prompt": list(range(3, 30)), "temperature": 0.8, "seed": 5, "max_tokens": 400}
 ASK |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
@@ -69,30 +66,6 @@ def server(tmp_path_factory, flag):
             yield server
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, condition
-        time.sleep(0.05)
-
-
-def stream(server, on_token=lambda number: None):
-    """The token ids of a stream, and the error that ended it, if one did."""
-    token_ids = []
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=ASK, timeout=DEADLINE_S) as response:
-        assert response.status_code == 200, response.read()
-        for line in response.iter_lines():
-            event = line.removeprefix("data: ")
-            if not event or event == "[DONE]":
-                continue
-            message = json.loads(event)
-            if "error" in message:
-                return token_ids, message["error"]
-            token_ids += message["choices"][0]["token_ids"] or []
-            on_token(len(token_ids))
-    return token_ids, None
-
-
 def health(server):
     return httpx.get(f"{server.url}/health", timeout=30)
 
@@ -110,7 +83,7 @@ def test_nothing_listens_on_the_addresses_of_this_host(server):
 
 @pytest.mark.parametrize("role", ["FFN", "Attention"])
 def test_a_worker_that_stands_still_is_replaced_and_the_text_is_the_same(server, role):
-    undisturbed, error = stream(server)
+    undisturbed, error = server.stream(ASK)
     assert (len(undisturbed), error) == (ASK["max_tokens"], None)
     (pid,) = server.pids(role)
 
@@ -118,7 +91,7 @@ def test_a_worker_that_stands_still_is_replaced_and_the_text_is_the_same(server,
         if number >= 20 and psutil.pid_exists(pid):
             os.kill(pid, signal.SIGSTOP)
 
-    assert stream(server, stop_once) == (undisturbed, None)
+    assert server.stream(ASK, stop_once) == (undisturbed, None)
     worker = f"{role.lower()}-0"
     assert server.metric("afd:worker_restarts_total", worker=worker, reason="frozen") == 1
     wait_until(lambda: health(server).status_code == 200)
@@ -128,7 +101,7 @@ def test_a_worker_that_stands_still_is_replaced_and_the_text_is_the_same(server,
 
 
 def test_a_worker_that_stands_still_while_it_loads_is_replaced_too(server, flag):
-    undisturbed, _ = stream(server)
+    undisturbed, _ = server.stream(ASK)
     frozen = server.metric("afd:worker_restarts_total", worker="attention-0", reason="frozen")
     (pid,), killed = server.pids("Attention"), []
 
@@ -138,7 +111,7 @@ def test_a_worker_that_stands_still_while_it_loads_is_replaced_too(server, flag)
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
 
-    assert stream(server, kill_once) == (undisturbed, None)
+    assert server.stream(ASK, kill_once) == (undisturbed, None)
     assert not flag.with_name("stand-still").exists()
     assert "while it loaded" in server.log()
     assert server.metric("afd:worker_restarts_total", worker="attention-0", reason="frozen") == frozen + 1
@@ -146,9 +119,9 @@ def test_a_worker_that_stands_still_while_it_loads_is_replaced_too(server, flag)
 
 
 def test_an_exception_in_the_expert_code_restarts_the_worker_and_the_text_is_the_same(server, flag):
-    undisturbed, _ = stream(server)
+    undisturbed, _ = server.stream(ASK)
     (pid,) = server.pids("FFN")
-    assert stream(server, lambda number: flag.touch() if number == 20 else None) == (undisturbed, None)
+    assert server.stream(ASK, lambda number: flag.touch() if number == 20 else None) == (undisturbed, None)
     assert not flag.exists()
     assert server.metric("afd:worker_restarts_total", worker="ffn-0", reason="failed") == 1
     assert server.metric("afd:ffn_calls_resent_total", engine="attention-0") >= 1
@@ -168,7 +141,7 @@ def test_a_worker_without_restarts_left_is_given_up_and_requests_end_at_once(ser
 
     error = None
     for _ in range(MAX_RESTARTS + 2):
-        _, error = stream(server, lambda number: kill(number) if number == 10 else None)
+        _, error = server.stream(ASK, lambda number: kill(number) if number == 10 else None)
         if error:
             break
     assert error, "it was killed more often than it may be restarted"

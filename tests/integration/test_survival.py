@@ -3,18 +3,16 @@
 One server for it all. What clients must not notice is compared with what the undisturbed server gave them.
 """
 
-import json
 import os
 import signal
 import threading
-import time
 
 import httpx
 import psutil
 import pytest
 
 from tests.checkpoints import write_checkpoint, write_tokenizer
-from tests.server_process import Server, afd
+from tests.server_process import Server, afd, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -49,17 +47,8 @@ def ask(number):
 
 def stream(server, number, on_token=lambda count: None):
     """The token ids of a stream; raises when it fails."""
-    token_ids = []
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=ask(number), timeout=DEADLINE_S) as response:
-        assert response.status_code == 200, response.read()
-        for line in response.iter_lines():
-            event = line.removeprefix("data: ")
-            if not event or event == "[DONE]":
-                continue
-            message = json.loads(event)
-            assert "error" not in message, message
-            token_ids += message["choices"][0]["token_ids"] or []
-            on_token(len(token_ids))
+    token_ids, error = server.stream(ask(number), on_token)
+    assert error is None, error
     return token_ids
 
 
@@ -69,13 +58,6 @@ def workers(server):
 
 def pids(server):
     return {worker["name"]: worker["pid"] for worker in workers(server)}
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, condition
-        time.sleep(0.05)
 
 
 class Clients:
