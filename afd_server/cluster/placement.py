@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -28,7 +29,7 @@ from afd_server.cluster.own_ray import WORKER_ENVIRONMENT
 from afd_server.cluster.watch import Role, first_line
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError, StartError
-from afd_server.transport.reachable import why_unreachable
+from afd_server.transport.reachable import why_no_grpc
 
 ADDRESS_TIMEOUT_S = 5.0
 # Between two looks whether a start is to be given up.
@@ -73,11 +74,12 @@ def join_ray(address: str, *, own: bool) -> None:
 
 
 def _check_address(address: str | None) -> None:
-    """Raises StartError when nobody listens at HOST:PORT. Ray itself would try for minutes, and not say so."""
+    """Raises StartError when no Ray listens at HOST:PORT. Ray itself would try for minutes, and not say so."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return  # "auto", or for Ray to judge
-    problem = why_unreachable(host, int(port), ADDRESS_TIMEOUT_S)
+    tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    problem = why_no_grpc(host, int(port), ADDRESS_TIMEOUT_S, tls=tls)
     if problem:
         raise StartError(f"--ray-address {address}: {problem} (is a Ray head running there? ray start --head)")
 

@@ -1,7 +1,10 @@
 """What a person sees who starts the server with a mistake: one line that names the flag and the remedy, exit code 2."""
 
+import http.server
 import json
 import socket
+import socketserver
+import threading
 
 import pytest
 
@@ -84,6 +87,24 @@ def test_nobody_at_the_address_of_the_ray_cluster(model):
         port = taken.getsockname()[1]  # free again when the block ends
     result = afd("serve", model, "--port", 0, "--ray-address", f"127.0.0.1:{port}")
     assert_one_line(result, "--ray-address", "Connection refused")
+
+
+def test_something_else_at_the_address_of_the_ray_cluster(model):
+    with socketserver.TCPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{other.server_address[1]}"
+        assert_one_line(
+            afd("serve", model, "--port", 0, "--ray-address", address), "--ray-address", "is not Ray"
+        )
+        other.shutdown()
+
+
+def test_somebody_mute_at_the_address_of_the_ray_cluster(model):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        assert_one_line(
+            afd("serve", model, "--port", 0, "--ray-address", address), "--ray-address", "no answer within 5 s"
+        )
 
 
 def test_a_resource_that_this_host_does_not_offer(model):

@@ -66,6 +66,18 @@ def server(tmp_path_factory, flag):
             yield server
 
 
+def once(count, act):
+    """Does it as soon as so many tokens have come."""
+    done = []
+
+    def on_token(number):
+        if number >= count and not done:
+            done.append(number)
+            act()
+
+    return on_token
+
+
 def health(server):
     return httpx.get(f"{server.url}/health", timeout=30)
 
@@ -86,12 +98,8 @@ def test_a_worker_that_stands_still_is_replaced_and_the_text_is_the_same(server,
     undisturbed, error = server.stream(ASK)
     assert (len(undisturbed), error) == (ASK["max_tokens"], None)
     (pid,) = server.pids(role)
-
-    def stop_once(number):
-        if number >= 20 and psutil.pid_exists(pid):
-            os.kill(pid, signal.SIGSTOP)
-
-    assert server.stream(ASK, stop_once) == (undisturbed, None)
+    stop = once(20, lambda: os.kill(pid, signal.SIGSTOP))
+    assert server.stream(ASK, stop) == (undisturbed, None)
     worker = f"{role.lower()}-0"
     assert server.metric("afd:worker_restarts_total", worker=worker, reason="frozen") == 1
     wait_until(lambda: health(server).status_code == 200)
@@ -103,15 +111,13 @@ def test_a_worker_that_stands_still_is_replaced_and_the_text_is_the_same(server,
 def test_a_worker_that_stands_still_while_it_loads_is_replaced_too(server, flag):
     undisturbed, _ = server.stream(ASK)
     frozen = server.metric("afd:worker_restarts_total", worker="attention-0", reason="frozen")
-    (pid,), killed = server.pids("Attention"), []
+    (pid,) = server.pids("Attention")
 
-    def kill_once(number):
-        if number >= 20 and killed == []:
-            flag.with_name("stand-still").touch()
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+    def kill():
+        flag.with_name("stand-still").touch()
+        os.kill(pid, signal.SIGKILL)
 
-    assert server.stream(ASK, kill_once) == (undisturbed, None)
+    assert server.stream(ASK, once(20, kill)) == (undisturbed, None)
     assert not flag.with_name("stand-still").exists()
     assert "while it loaded" in server.log()
     assert server.metric("afd:worker_restarts_total", worker="attention-0", reason="frozen") == frozen + 1
@@ -121,7 +127,7 @@ def test_a_worker_that_stands_still_while_it_loads_is_replaced_too(server, flag)
 def test_an_exception_in_the_expert_code_restarts_the_worker_and_the_text_is_the_same(server, flag):
     undisturbed, _ = server.stream(ASK)
     (pid,) = server.pids("FFN")
-    assert server.stream(ASK, lambda number: flag.touch() if number == 20 else None) == (undisturbed, None)
+    assert server.stream(ASK, once(20, flag.touch)) == (undisturbed, None)
     assert not flag.exists()
     assert server.metric("afd:worker_restarts_total", worker="ffn-0", reason="failed") == 1
     assert server.metric("afd:ffn_calls_resent_total", engine="attention-0") >= 1
@@ -134,14 +140,14 @@ def test_a_worker_without_restarts_left_is_given_up_and_requests_end_at_once(ser
     def is_given_up():
         return "given up" in str(health(server).json())
 
-    def kill(number):
+    def kill():
         for pid in server.pids("FFN"):
             if not is_given_up():
                 os.kill(pid, signal.SIGKILL)
 
     error = None
     for _ in range(MAX_RESTARTS + 2):
-        _, error = server.stream(ASK, lambda number: kill(number) if number == 10 else None)
+        _, error = server.stream(ASK, once(10, kill))
         if error:
             break
     assert error, "it was killed more often than it may be restarted"
