@@ -117,11 +117,12 @@ class Server:
         return httpx.post(f"{self.url}{path}", json={"model": model, **body}, timeout=120)
 
     def stream(self, body, on_token=lambda count: None):
-        """Of a completion with `stream` and `return_token_ids`: the token ids, and the error that ended it, if one did.
+        """Of a completion with `stream` and `return_token_ids`: the token ids, and the error that ended or refused it, if one did.
         on_token is told how many there are each time that some have come."""
         token_ids = []
         with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=120) as response:
-            assert response.status_code == 200, response.read()
+            if response.status_code != 200:
+                return token_ids, json.loads(response.read())["error"]
             for line in response.iter_lines():
                 event = line.removeprefix("data: ")
                 if not event or event == "[DONE]":

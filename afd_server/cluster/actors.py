@@ -152,10 +152,12 @@ class WorkerActor:
         while self._silent_s() < timeout_s:
             time.sleep(min(1.0, timeout_s / 10))
         logger.critical("no front-end has spoken to this worker for %g s: it ends", timeout_s)
+        myself = ray.get_runtime_context().current_actor
         try:
             remove_abandoned_groups(self._server.namespace)
         finally:
             remove_placement_group(self._group)  # and with its resources, this process
+            ray.kill(myself)  # for good: else its name would be kept for another one
 
     def _load_once(self, load: Callable[[], Loaded]) -> Loaded:
         """Carries a load out. Raises StartError with the reason."""

@@ -2,11 +2,13 @@
 
 For Ray a group and the actor in it are two things, made one after the other, and a front-end may be killed between them. A
 group outlives it (Ray calls that detached), and without an actor nobody would ever give it back. By its name it is found:
-by the next server that starts on this Ray cluster, and by the other workers of its own when they end as orphans.
+by the next server that starts on this Ray cluster, and by the other workers of its own when they end as orphans. The other way
+round, an actor whose group was given back is gone and keeps its name, since Ray would start it again, until it is ended, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 
@@ -47,6 +49,20 @@ def remove_abandoned_groups(namespace: str = NAMESPACE) -> None:
     for group, name in found.items():
         logger.warning("%s was reserved by a front-end that is gone, and is given back", name)
         remove_placement_group(_handle(group))
+
+
+def end_actors_without_group() -> None:
+    """Ends what is left of workers that have given back their places."""
+    actors = [
+        each
+        for each in ray.util.list_named_actors(all_namespaces=True)
+        if each["namespace"].startswith(NAMESPACE)
+    ]
+    groups = set(_groups(NAMESPACE).values())  # last: an actor comes after its group
+    for each in actors:
+        if f"{each['namespace']}/{each['name']}" not in groups:
+            with contextlib.suppress(ValueError):  # it has just ended
+                ray.kill(ray.get_actor(each["name"], namespace=each["namespace"]))
 
 
 def _without_actor(prefix: str) -> dict[str, str]:

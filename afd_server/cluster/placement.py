@@ -165,6 +165,11 @@ def give_back(place: Place) -> None:
     remove_placement_group(place.group)
 
 
+def was_given_back(place: Place) -> bool:
+    """Whether its bundle is gone, and its actor for good: a worker to which no front-end has spoken for long does that."""
+    return bool(placement_group_table(place.group)["state"] == "REMOVED")
+
+
 def why_unplaced(place: Place) -> str:
     """What the cluster lacks for an actor whose node was lost; empty when its bundle has a node. Blocks for a moment."""
     table = placement_group_table(place.group)

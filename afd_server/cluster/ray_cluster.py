@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from afd_server.cluster.actors import AttentionActor, FFNActor
-from afd_server.cluster.groups import remove_abandoned_groups, remove_groups
+from afd_server.cluster.groups import end_actors_without_group, remove_abandoned_groups, remove_groups
 from afd_server.cluster.layout import with_workers
 from afd_server.cluster.loading import load_all, wait_for_processes
 from afd_server.cluster.names import worker_name
@@ -35,6 +35,7 @@ from afd_server.cluster.placement import (
     stop_ray,
     wait_for_room,
     wait_until_placed,
+    was_given_back,
     why_unplaced,
 )
 from afd_server.cluster.rescale import Rescaler
@@ -44,7 +45,7 @@ from afd_server.cluster.survivors import find_crew, new_crew
 from afd_server.cluster.watch import Member, Role, first_line
 from afd_server.cluster.workers import Started
 from afd_server.config import ServeConfig
-from afd_server.errors import RayLostError, UnavailableError
+from afd_server.errors import RayLostError, StartError, UnavailableError
 from afd_server.router.router import Router
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.control import ControlClient
@@ -79,6 +80,7 @@ class RayCluster:
             join_ray(address, own=own_ray is not None)
             inhabited = own_ray is None or own_ray.attached
             if inhabited:
+                end_actors_without_group()
                 remove_abandoned_groups()
             search = inhabited and config.attach is not False
             found = find_crew(config, own=own_ray is not None) if search else None
@@ -166,17 +168,20 @@ class RayCluster:
         wait_for_room(bundles, own=self._own_ray is not None, deadline=deadline)
         places: dict[str, Place] = {}
         try:
-            for (role, index), bundle in zip(workers, bundles, strict=True):
-                name = worker_name(role, index)
-                places[name] = create(
-                    KINDS[role], self._crew.namespace, name, bundle, deadline, config, index, self._crew.server
-                )
+            for role, index in workers:
+                places[worker_name(role, index)] = self._create(role, index, config, deadline)
             wait_until_placed(list(places.values()), deadline)
         except BaseException:
             for place in places.values():
                 give_back(place)
             raise
         return [self._member(name, place) for name, place in places.items()]
+
+    def _create(self, role: Role, index: int, config: ServeConfig, deadline: Deadline) -> Place:
+        bundle, name = bundle_of(self._config, role), worker_name(role, index)
+        return create(
+            KINDS[role], self._crew.namespace, name, bundle, deadline, config, index, self._crew.server
+        )
 
     def dismiss(self, member: Member) -> None:
         """Ends a worker that is no member any more, after the step or batch under way, and gives its place back. May block."""
@@ -212,6 +217,15 @@ class RayCluster:
 
     def why_unplaced(self, member: Member) -> str:
         """See supervisor.Processes."""
+        if was_given_back(self._places[member.name]):
+            logger.warning("%s had ended as an orphan and is made again", member.name)
+            deadline = Deadline(self._config.placement_timeout, threading.Event())
+            ray.kill(member.actor)  # its name is kept for it
+            try:
+                place = self._create(member.role, member.index, self._supervisor.config, deadline)
+            except StartError as error:
+                return str(error)
+            self._places[member.name], member.actor = place, place.actor
         return why_unplaced(self._places[member.name])
 
     async def supervise(self, router: Router, metrics: WorkerMetrics) -> None:

@@ -56,7 +56,8 @@ class Processes(Protocol):
         """Ends the process for certain, also one that is stopped. restart: whether Ray is to start another."""
 
     def why_unplaced(self, member: Member) -> str:
-        """What is missing in the cluster for the member to be placed; empty when it has its place. May block."""
+        """What is missing in the cluster for the member to be placed; empty when it has its place. One that has given its place
+        back, as an orphan does, gets another. May block."""
 
 
 class Supervisor:

@@ -180,8 +180,17 @@ def test_sigterm_leaves_nothing(second, home):
     assert list((home / "run").iterdir()) == []
 
 
-def test_workers_that_nobody_comes_for_end_themselves(model, home):
-    with Server(model, *FLAGS, "--orphan-timeout", 1) as server:
+def test_workers_that_nobody_comes_for_end_themselves(model, home, expected):
+    with Server(model, *FLAGS, "--orphan-timeout", 4) as server:
+        # Not dead but stopped: when it goes on it finds its workers gone, and makes them again.
+        before = pids(server)
+        server.process.send_signal(signal.SIGSTOP)
+        _gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in before.values()], timeout=DEADLINE_S)
+        assert alive == []
+        server.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: not set(before.values()) & set(pids(server).values()))
+        assert stream(server, 0) == expected[0]
+        # Now it dies.
         family = psutil.Process(server.process.pid).children(recursive=True)
         server.process.kill()
         _gone, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
