@@ -56,6 +56,7 @@ def test_calls_that_wait_together_for_a_layer_are_one_batch():
         assert torch.equal(answer.y, expected)
 
 
+@pytest.mark.usefixtures("other_numbers_of_threads")
 def test_the_number_of_threads_may_change_while_it_serves():
     class Counts(LayerTimesX):
         def forward(self, call, out=None):
