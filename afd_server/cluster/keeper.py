@@ -9,6 +9,7 @@ end with it whatever ends it: the kernel sees to that. Started by own_ray.py, wh
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from afd_server.telemetry.logs import configure_logging
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.2
+ESSENTIAL = ("gcs_server", "raylet")
 # Niceness of the workers' session towards others; see let_others_go_first.
 SESSION_NICENESS = 4
 
@@ -42,10 +44,29 @@ def let_others_go_first() -> None:
         logger.warning("the workers' session does not yield to the front-end: %s", error)
 
 
-def keep(directory: RunDirectory, orphan_timeout_s: float) -> None:
-    """Returns when Ray is to end."""
-    alone_since = None
+def essential_processes() -> dict[int, str]:
+    """Those of Ray that this process has started and without which there is no cluster: process id -> name."""
+    children = " ".join(file.read_text() for file in Path("/proc/self/task").glob("*/children")).split()
+    named = {int(pid): Path(f"/proc/{pid}/comm").read_text().strip() for pid in children}
+    return {pid: name for pid, name in named.items() if name in ESSENTIAL}
+
+
+def has_died(pid: int) -> bool:
+    """Of a child: nobody else may have taken its number."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    return state in ("Z", "X")
+
+
+def keep(directory: RunDirectory, orphan_timeout_s: float) -> bool:
+    """Returns when Ray is to end: whether it is whole still. Ray itself would go on with what is left of it."""
+    alone_since, essential = None, essential_processes()
     while not directory.has_ended():
+        if dead := [name for pid, name in essential.items() if has_died(pid)]:
+            logger.error("%s has died: the rest of Ray ends, and every worker", " and ".join(dead))
+            return False
         now = time.monotonic()
         if directory.has_front_end():
             alone_since = None
@@ -54,8 +75,9 @@ def keep(directory: RunDirectory, orphan_timeout_s: float) -> None:
             logger.warning("the front-end is gone; the workers are kept for %g s", orphan_timeout_s)
         elif now - alone_since >= orphan_timeout_s:
             logger.warning("no front-end has come for %g s: the workers are ended", orphan_timeout_s)
-            return
+            return True
         time.sleep(LOOK_EVERY_S)
+    return True
 
 
 def main() -> int:
@@ -69,12 +91,16 @@ def main() -> int:
             directory.tell(problem=" ".join(str(error).split()) or type(error).__name__)
             return 1
         directory.tell(address=ray.get_runtime_context().gcs_address)
+        whole = True
         try:
-            keep(directory, orphan_timeout_s)
+            whole = keep(directory, orphan_timeout_s)
         finally:
             directory.end()
-            ray.shutdown()
+            if whole:
+                ray.shutdown()
             directory.remove()
+        if not whole:
+            os._exit(1)  # at the end of an interpreter Ray would ask those that are dead
     return 0
 
 

@@ -198,11 +198,13 @@ def test_workers_that_nobody_comes_for_end_themselves(model, home, expected):
     wait_until(lambda: list((home / "run").iterdir()) == [])
 
 
-def test_a_server_whose_ray_has_been_killed_ends_with_the_cause(model, home):
+@pytest.mark.parametrize("victim", ["keeper", "raylet", "gcs_server"])
+def test_a_server_whose_ray_has_been_killed_ends_with_the_cause(model, home, victim):
     with Server(model, *FLAGS) as server:
         below = [psutil.Process(pid) for pid in pids(server).values()]
         (keeper,) = psutil.Process(server.process.pid).children()
-        keeper.kill()
+        (process,) = [keeper] if victim == "keeper" else [p for p in keeper.children() if p.name() == victim]
+        process.kill()
         assert server.process.wait(DEADLINE_S) == 1
         assert "\nafd serve: Ray on this host has ended" in server.log()
     _gone, alive = psutil.wait_procs(below, timeout=DEADLINE_S)
