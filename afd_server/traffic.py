@@ -102,11 +102,14 @@ def arrival_times(rate: float, burstiness: float, generator: random.Random) -> I
     """Seconds from the start at which requests come, without end: `rate` a second on average.
 
     burstiness: shape of the gamma distribution of the intervals, as vLLM's benchmark has it. 1 is a Poisson process, less
-    comes in bursts, more comes evenly.
+    comes in bursts, more comes evenly, inf at equal intervals.
     """
     now_s = 0.0
     while True:
-        now_s += generator.gammavariate(burstiness, 1.0 / (rate * burstiness))
+        if math.isinf(burstiness):
+            now_s += 1.0 / rate
+        else:
+            now_s += generator.gammavariate(burstiness, 1.0 / (rate * burstiness))
         yield now_s
 
 

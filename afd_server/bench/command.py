@@ -50,9 +50,9 @@ def serve(argv: Sequence[str]) -> int:
                      "`vllm bench serve`. The last line is JSON.")  # fmt: skip
     load = parser.add_argument_group("the load")
     load.add_argument("--num-prompts", type=flags.whole, default=1000, metavar="N", help="default: %(default)s")
-    load.add_argument("--request-rate", type=flags.positive, default=math.inf, metavar="R",
+    load.add_argument("--request-rate", type=flags.rate, default=math.inf, metavar="R",
                       help="requests a second; inf sends all at once. Default: %(default)s")  # fmt: skip
-    load.add_argument("--burstiness", type=flags.positive, default=1.0, metavar="B",
+    load.add_argument("--burstiness", type=flags.rate, default=1.0, metavar="B",
                       help="of the times: 1 is a Poisson process, less comes in bursts, more evenly. Default: %(default)g")  # fmt: skip
     load.add_argument("--max-concurrency", type=flags.whole, metavar="N", help="requests under way at a time")
     load.add_argument("--self-timed", action=argparse.BooleanOptionalAction, default=None,
@@ -116,18 +116,19 @@ def _head(given: argparse.Namespace, session: Session) -> dict[str, Any]:
 
 
 def _finish(given: argparse.Namespace, result: Mapping[str, Any], kept: Mapping[str, Any], name: str) -> None:
-    """The result as the last line and, where asked for, as a file."""
-    if given.save_result or given.result_filename:
-        file = Path(given.result_filename or f"{name}-{result['date']}.json")
-        if given.result_dir is not None:
-            file = given.result_dir / file
-        try:
+    """The result as a file, where asked for, and as the last line in any case: measuring took its time."""
+    try:
+        if given.save_result or given.result_filename:
+            file = Path(given.result_filename or f"{name}-{result['date']}.json")
+            if given.result_dir is not None:
+                file = given.result_dir / file
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(kept) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError("--result-filename", f"cannot write {file}: {error.strerror}") from error
-        print(f"saved as {file}")
-    print(json.dumps(result), flush=True)
+            print(f"saved as {file}")
+    except OSError as error:
+        raise ConfigError("--result-filename", f"cannot write {file}: {error.strerror}") from error
+    finally:
+        print(json.dumps(result), flush=True)
 
 
 # --- sla -----------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def sla_search(argv: Sequence[str]) -> int:
     search.add_argument(
         "--ttft-sla-ms", type=flags.positive, metavar="MS", help="promised time to the first token"
     )
-    search.add_argument("--sla-percentile", type=flags.positive, default=99.0, metavar="P",
+    search.add_argument("--sla-percentile", type=flags.percentile, default=99.0, metavar="P",
                         help="share of the requests that have to be within each promise. Default: %(default)g")  # fmt: skip
     search.add_argument("--workload-var", choices=sla.VARIABLES, default="max_concurrency",
                         help="the load: clients that always ask again, or requests a second, which needs --ttft-sla-ms. "

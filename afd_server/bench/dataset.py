@@ -115,6 +115,10 @@ class DatasetSettings:
         for name in ("random_input_len", "random_output_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}", "must be at least 1")
+        if self.random_prefix_len < 0:
+            raise ConfigError("--random-prefix-len", "must be at least 0")
+        if self.custom_output_len < 1 and self.custom_output_len != -1:
+            raise ConfigError("--custom-output-len", "must be at least 1, or -1")
         if not 0 <= self.random_range_ratio < 1:
             raise ConfigError("--random-range-ratio", "must be at least 0 and less than 1")
 

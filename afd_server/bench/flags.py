@@ -21,7 +21,8 @@ from afd_server.command_line import Parser
 from afd_server.config import API_KEY_VARIABLE
 from afd_server.errors import ConfigError
 
-BACKENDS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
+# vllm: what vLLM's benchmark calls the same.
+BACKENDS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 KEY_VARIABLES = (API_KEY_VARIABLE, "OPENAI_API_KEY")
 SAMPLING = (
     "top_p",
@@ -98,7 +99,7 @@ def add_dataset_flags(parser: Parser) -> None:
 def add_run_flags(parser: Parser) -> None:
     """What all three commands have."""
     group = parser.add_argument_group("the run")
-    group.add_argument("--num-warmups", type=int, default=1, metavar="N",
+    group.add_argument("--num-warmups", type=whole_or_none, default=1, metavar="N",
                        help="requests before, which are not counted. Default: %(default)s")  # fmt: skip
     group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
     group.add_argument("--label", help="what the server is called in results; default: the backend")
@@ -118,6 +119,8 @@ def target_of(given: argparse.Namespace, url: str | None = None) -> Target:
     headers = pairs("--header", given.header)
     key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
     if key is not None:
+        if not key.isprintable():
+            raise ConfigError(" or ".join(KEY_VARIABLES), "in the environment is not one line of text")
         headers = {"Authorization": f"Bearer {key}", **headers}
     body = {name: getattr(given, name) for name in SAMPLING if getattr(given, name) is not None}
     if given.ignore_eos:
@@ -146,6 +149,8 @@ def pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigError(flag, f"{pair!r} is not KEY=VALUE")
+        if not pair.isprintable():
+            raise ConfigError(flag, f"{pair!r} is more than one line of text")
         found[key.strip()] = value.strip()
     return found
 
@@ -192,6 +197,13 @@ def _flag(name: str) -> str:
 
 
 def positive(text: str) -> float:
+    value = rate(text)
+    if math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def rate(text: str) -> float:
     """A number above 0; "inf" is one."""
     try:
         value = float(text)
@@ -200,6 +212,17 @@ def positive(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def percentile(text: str) -> float:
+    value = positive(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 100")
+    return value
+
+
+def whole_or_none(text: str) -> int:
+    return 0 if text == "0" else whole(text)
 
 
 def whole(text: str) -> int:

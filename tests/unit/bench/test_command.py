@@ -87,6 +87,18 @@ def test_serve_speaks_chat_and_saves_every_request(capsys, tmp_path):
     assert saved.items() >= result.items()
 
 
+def test_a_result_that_cannot_be_saved_is_still_printed(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    with served() as server:
+        code, result, _, err = bench(
+            capsys, "serve", "--base-url", server.url, *SHORT, "--num-prompts", 1, "--result-dir", tmp_path / "file",
+            "--save-result",
+        )  # fmt: skip
+    assert code == 2
+    assert "cannot write" in err
+    assert result["completed"] == 1
+
+
 def test_serve_replays_a_trace(capsys, tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
@@ -151,6 +163,12 @@ def test_pareto_measures_servers_in_turns_and_draws_them(capsys, tmp_path):
         (["serve", "--api-key", "k"], "AFD_API_KEY in the environment"),
         (["serve", "--request-rate", "-1"], "--request-rate: '-1' is not a number above 0"),
         (["serve", "--num-prompts", "0"], "--num-prompts: '0' is not a whole number above 0"),
+        (["serve", "--num-warmups", "-1"], "--num-warmups: '-1'"),
+        (["serve", "--request-timeout", "inf"], "--request-timeout: 'inf' is not a number above 0"),
+        (["serve", "--random-prefix-len", "-1"], "--random-prefix-len: must be at least 0"),
+        (["serve", "--custom-output-len", "0"], "--custom-output-len: must be at least 1"),
+        (["serve", "--header", "a=b\nc"], "is more than one line of text"),
+        (["sla", "--tpot-sla-ms", "5", "--sla-percentile", "101"], "--sla-percentile: '101' is not a number from 0 to 100"),
         (["serve", "--max-concurrency", "many"], "--max-concurrency"),
         (["serve", "--dataset-name", "sonnet"], "'sonnet' is none of random, sharegpt, custom, azure, burstgpt"),
         (["serve", "--dataset-name", "azure"], "--dataset-path"),

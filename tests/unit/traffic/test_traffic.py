@@ -1,6 +1,7 @@
 """Traces as their publishers write them, arrival processes by their moments, and files that are no traces."""
 
 import itertools
+import math
 import random
 import statistics
 
@@ -86,6 +87,10 @@ def test_intervals_have_the_rate_and_the_burstiness(burstiness):
     mean = statistics.mean(intervals)
     assert mean == pytest.approx(0.05, rel=0.05)
     assert statistics.stdev(intervals) / mean == pytest.approx(burstiness**-0.5, rel=0.05)
+
+
+def test_infinite_burstiness_is_a_clock():
+    assert list(itertools.islice(arrival_times(4.0, math.inf, random.Random(0)), 3)) == [0.25, 0.5, 0.75]
 
 
 @settings(deadline=None, max_examples=50)
