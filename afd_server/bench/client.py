@@ -122,8 +122,12 @@ class Client:
                 if response.status in (401, 403):
                     raise BenchError(f"{url} asks for a key, or does not know this one")
                 return str((await response.json(content_type=None))["data"][0]["id"])
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL, TimeoutError) as error:
-            raise BenchError(f"no server answers at {url}: {str(error) or 'timeout'}") from None
+        except aiohttp.ClientConnectorError as error:
+            raise BenchError(f"no server answers at {url}: {error.os_error}") from None
+        except TimeoutError:
+            raise BenchError(f"no server answers at {url} within {MODELS_TIMEOUT_S:g} s") from None
+        except aiohttp.InvalidURL:
+            raise BenchError(f"{url} is no address") from None
         except (aiohttp.ClientError, LookupError, ValueError, TypeError):
             raise BenchError(
                 f"{url} does not list its models as an OpenAI server does; name one by --model"
@@ -140,8 +144,10 @@ class Client:
             kind, message = error.kind, str(error)
         except TimeoutError:
             kind, message = "timeout", f"no end after {self.target.timeout_s:g} s"
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
-            kind, message = "cannot connect", str(error)
+        except aiohttp.ClientConnectorError as error:
+            kind, message = "cannot connect", str(error.os_error)
+        except aiohttp.InvalidURL as error:
+            kind, message = "cannot connect", f"{error} is no address"
         except (aiohttp.ClientError, OSError) as error:
             kind, message = "connection lost", str(error) or type(error).__name__
         else:

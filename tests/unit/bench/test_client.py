@@ -121,6 +121,15 @@ async def test_a_server_that_is_not_there_is_named(unused_tcp_port):
             await client.first_model()
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "ftp://127.0.0.1", "http://"])
+async def test_an_address_that_is_none_is_named(url):
+    async with Client(Target(url, "m")) as client:
+        outcome = await client.send(PROMPT, 0.0, lambda: 0.0)
+        assert outcome.error == "cannot connect"
+        with pytest.raises(BenchError, match="is no address"):
+            await client.first_model()
+
+
 async def test_the_first_model_is_asked_for():
     async with ScriptedServer([]).running() as server, Client(Target(server.url)) as client:
         assert await client.first_model() == "scripted"
