@@ -22,6 +22,7 @@ READ_BYTES = 1 << 18
 ERROR_BYTES, MESSAGE_CHARACTERS = 4096, 300
 MAX_LINE_BYTES = 1 << 24
 MODELS_TIMEOUT_S = 30.0
+NO_ADDRESS = (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)
 # Shorter than servers keep an idle connection open: none is used again just as the server closes it.
 KEEP_ALIVE_S = 2.0
 
@@ -126,7 +127,7 @@ class Client:
             raise BenchError(f"no server answers at {url}: {error.os_error}") from None
         except TimeoutError:
             raise BenchError(f"no server answers at {url} within {MODELS_TIMEOUT_S:g} s") from None
-        except aiohttp.InvalidURL:
+        except NO_ADDRESS:
             raise BenchError(f"{url} is no address") from None
         except (aiohttp.ClientError, LookupError, ValueError, TypeError):
             raise BenchError(
@@ -146,7 +147,7 @@ class Client:
             kind, message = "timeout", f"no end after {self.target.timeout_s:g} s"
         except aiohttp.ClientConnectorError as error:
             kind, message = "cannot connect", str(error.os_error)
-        except aiohttp.InvalidURL as error:
+        except NO_ADDRESS as error:
             kind, message = "cannot connect", f"{error} is no address"
         except (aiohttp.ClientError, OSError) as error:
             kind, message = "connection lost", str(error) or type(error).__name__
