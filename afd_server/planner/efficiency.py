@@ -5,8 +5,8 @@ machine at hand (`afd profile`) takes their place.
 
 Two are from the paper's times of one attention layer (4 cards, 256 requests, context 8192, bfloat16): 281, 372 and 382 us for
 MFA, MLA and GQA on the H800, 438 and 1252 on the H20, 531 and 791 on the A800. With 0.87 of the bytes/s and 0.8 of the FLOP/s
-these come out within 14 %, save MLA on the H20 (20 % too slow). They do not explain GQA on the H20, 812 us measured where the
-roofline says 380.
+these come out within 12 %, save MLA on the H20 (20 % too slow). They do not explain GQA on the H20, 812 us measured where the
+roofline says 386.
 
 The third is of the network. The paper's 2A2F needs 161 of each NIC's 400 Gb/s for its stage of 16.6 ms to hold, and its measured
 throughput 169, which are 0.42 of the NIC: rows out and rows back share a stage, as in the paper's budget, so 0.5 would be the

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from afd_server.config import MAX_MICRO_BATCHES
 from afd_server.planner.ffn_kinds import FFNLayer
 from afd_server.planner.layout import (
+    WIRE_BYTES,
     Layout,
     Prediction,
     Workload,
@@ -153,5 +154,5 @@ def _is_better(new: Prediction, old: Prediction, objective: str) -> bool:
     """Of two for the same cards and workers. Where they are alike, the one with the wider wire loses less of the activations."""
     difference = _price(new, objective) - _price(old, objective)
     if abs(difference) <= WIDER_WIRE * abs(_price(old, objective)):
-        return new.layout.wire_dtype == "bfloat16" and old.layout.wire_dtype == "fp8"
+        return sum(WIRE_BYTES[new.layout.wire_dtype]) > sum(WIRE_BYTES[old.layout.wire_dtype])
     return difference < 0
