@@ -22,13 +22,14 @@ from pathlib import Path
 from results import commit, machine
 
 from afd_server.planner.hardware import choose, read_hardware
-from afd_server.planner.layout import Layout, Workload, hop_and_overhead_s
+from afd_server.planner.layout import Layout, Workload, predict
 from afd_server.planner.model_config import read_counted_model
 from afd_server.planner.profile_file import Profile, read_profile
 
 OUTPUT_TOKENS = 48
 CARD = "cpu-epyc"  # its memory and price play no part here
 PROMISED = 0.15
+PARTS = ("attention", "FFN", "wire", "once", "step")
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,32 @@ def profile(model: Path, most_requests: int, longest: int) -> Profile:
         return read_profile(out)
 
 
-def measured_s(model: Path, input_tokens: int, concurrencies: list[int]) -> dict[int, float]:
-    """Seconds of a median step, by requests in it."""
+def measured(model: Path, input_tokens: int, concurrencies: list[int]) -> dict[int, dict[str, float]]:
+    """Milliseconds of a median step, by requests in it: of each part, and of the whole from one end to the next."""
     script = Path(__file__).with_name("step_profile.py")
     flags = ["--input-tokens", input_tokens, "--output-tokens", OUTPUT_TOKENS, "--concurrency", *concurrencies]
     done = subprocess.run(
         [sys.executable, script, model, *map(str, flags)], check=True, capture_output=True, text=True
     )
-    results = json.loads(done.stdout.splitlines()[-1])["results"]
-    return {result["concurrency"]: result["step_us"] / 1e6 for result in results}
+    return {
+        result["concurrency"]: {
+            "attention": result["attention_us"] / 1e3,
+            "FFN": result["ffn_us"] / 1e3,
+            "wire": (result["waiting_us"] - result["ffn_us"]) / 1e3,
+            "once": (result["sampling_us"] + result["between_us"]) / 1e3,
+            "step": result["step_us"] / 1e3,
+        }
+        for result in json.loads(done.stdout.splitlines()[-1])["results"]
+    }
 
 
-def predicted_s(model: Path, measured: Profile, case: Case) -> float:
+def predicted(model: Path, times: Profile, case: Case) -> dict[str, float]:
+    """The same by the planner."""
     cards = choose(read_hardware(), [CARD])
-    workload = Workload(read_counted_model(model), case.context, cards, profile=measured)
-    return hop_and_overhead_s(workload, Layout(CARD, CARD, 1, 1, 1, 1, case.concurrency, "float32"))
+    workload = Workload(read_counted_model(model), case.context, cards, profile=times)
+    ours = predict(workload, Layout(CARD, CARD, 1, 1, 1, 1, case.concurrency, "float32"))
+    parts = {"attention": ours.attention_s, "FFN": ours.ffn_s, "wire": ours.wire_s, "once": ours.overhead_s}
+    return {name: 1e3 * seconds for name, seconds in {**parts, "step": ours.tpot_s}.items()}
 
 
 def main() -> int:
@@ -79,33 +91,32 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="tokens of a prompt")
     arguments = parser.parse_args()
-    ratios: dict[Case, list[float]] = {}
-    steps: dict[Case, list[tuple[float, float]]] = {}
+    found: dict[Case, list[tuple[dict[str, float], dict[str, float]]]] = {}
     longest = 2 * (max(arguments.context) + OUTPUT_TOKENS)
     for _ in range(arguments.rounds):
         times = profile(arguments.model, max(arguments.concurrency), longest)
         for input_tokens in arguments.context:
-            for concurrency, seconds in measured_s(
-                arguments.model, input_tokens, arguments.concurrency
-            ).items():
+            for concurrency, theirs in measured(arguments.model, input_tokens, arguments.concurrency).items():
                 case = Case(concurrency, input_tokens)
-                ours = predicted_s(arguments.model, times, case)
-                ratios.setdefault(case, []).append(ours / seconds)
-                steps.setdefault(case, []).append((ours, seconds))
-    print(f"{arguments.model.name}, {machine()}, commit {commit()}, {arguments.rounds} rounds\n")
+                found.setdefault(case, []).append((predicted(arguments.model, times, case), theirs))
+    ratios = {case: [ours["step"] / theirs["step"] for ours, theirs in pairs] for case, pairs in found.items()}
     print(
-        "| requests | context | measured ms | predicted ms | predicted / measured |\n| --- | --- | --- | --- | --- |"
+        f"{arguments.model.name}, {machine()}, commit {commit()}, {arguments.rounds} rounds; ms, predicted / measured\n"
     )
-    for case, found in ratios.items():
-        ours, theirs = (1e3 * statistics.median(pair[index] for pair in steps[case]) for index in (0, 1))
-        spread = f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
-        print(f"| {case.concurrency} | {case.context} | {theirs:.2f} | {ours:.2f} | {spread} |")
-    medians = [statistics.median(found) for found in ratios.values()]
+    print(f"| requests | context | {' | '.join(PARTS)} | step's ratio |\n|{' --- |' * (len(PARTS) + 3)}")
+    for case, pairs in found.items():
+        cells = [
+            " / ".join(f"{statistics.median(pair[side][part] for pair in pairs):.2f}" for side in (0, 1))
+            for part in PARTS
+        ]
+        spread = f"{statistics.median(ratios[case]):.2f} ({min(ratios[case]):.2f} to {max(ratios[case]):.2f})"
+        print(f"| {case.concurrency} | {case.context} | {' | '.join(cells)} | {spread} |")
+    medians = [statistics.median(each) for each in ratios.values()]
     within = sum(abs(ratio - 1) <= PROMISED for ratio in medians)
     print(f"\n{within} of {len(medians)} within {PROMISED:.0%}")
     print(json.dumps({"benchmark": "plan_accuracy", "model": arguments.model.name, "ratios": [
-        {"concurrency": case.concurrency, "context": case.context, "predicted_over_measured": found}
-        for case, found in ratios.items()
+        {"concurrency": case.concurrency, "context": case.context, "predicted_over_measured": each}
+        for case, each in ratios.items()
     ]}))  # fmt: skip
     return 0
 

@@ -140,6 +140,12 @@ class AttentionWorker:
         )
         self.execute(StepPlan(0, (parts,) * num_micro_batches))
 
+    def randomise_cache(self, num_blocks: int) -> None:
+        """Random entries in the first blocks, for measurements without prompts: requests differ from one another, as real ones do,
+        and so do the experts that they choose. Nothing may be in these blocks that is still needed."""
+        for layer in self._cache:
+            layer[:num_blocks].uniform_(-1.0, 1.0)
+
     def warm_up(self, sizes: Sequence[int]) -> list[tuple[StepPlan, StepTiming]]:
         """Runs one decode-like step per batch size and gives its times: first-touch costs and a first measurement.
 

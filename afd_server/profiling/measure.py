@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from afd_server.attention.worker import AttentionWorker
 from afd_server.cluster.layout import link_shape
 from afd_server.cluster.workers import AttentionReplica
 from afd_server.config import ServeConfig
@@ -22,11 +23,11 @@ from afd_server.errors import ServingError
 from afd_server.models.spec import ModelSpec
 from afd_server.planner.fit import StepSample
 from afd_server.profiling.ffn_process import ffn_process
-from afd_server.profiling.grid import Plans, Point, points
+from afd_server.profiling.grid import VISIT_STEPS, Plans, Point, blocks_of, points
 from afd_server.transport.connect import connect
 from afd_server.types import GenerationRequest, ReplicaUpdate, SamplingParams, StepTiming
 
-ROUNDS = 4
+ROUNDS = 3
 STEP_TIMEOUT_S = 300.0
 # Requests that go through the engine, and the tokens of each.
 ENGINE_SIZES = (1, 8, 32)
@@ -58,18 +59,34 @@ def _grid_samples(
 ) -> list[StepSample]:
     assert config.max_model_len is not None
     grid = points(
-        config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, replica.info.kv_cache_tokens
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.max_model_len,
+        num_blocks=replica.info.kv_cache_tokens // config.block_size,
+        block_size=config.block_size,
     )
     plans, order = Plans(spec.vocab_size, config.block_size), random.Random(0)
+    replica.worker.randomise_cache(max(point.requests * blocks_of(point, config.block_size) for point in grid))
     timings: dict[Point, list[StepTiming]] = {point: [] for point in grid}
     for round_number in range(ROUNDS + 1):
         for number, point in enumerate(order.sample(grid, len(grid))):
-            taken = [replica.worker.execute(plan).timing for plan in plans.visit(point)]
+            taken = _visit(replica.worker, plans, point)
             if round_number:  # the first one touches memory for the first time
                 # Nor is the first step like the others: the requests of a step that decodes were in the one before, too.
                 timings[point] += taken[1:] or taken
             progress(round_number * len(grid) + number + 1, (ROUNDS + 1) * len(grid))
     return [_sample(point, taken, between) for point, taken in timings.items()]
+
+
+def _visit(worker: AttentionWorker, plans: Plans, point: Point) -> list[StepTiming]:
+    """The times of a few steps of the same requests, which go on with what they sampled; of prompts one step."""
+    plan = plans.first(point)
+    taken = []
+    for _ in range(VISIT_STEPS if point.new_tokens == 1 else 1):
+        output = worker.execute(plan)
+        taken.append(output.timing)
+        plan = plans.following(plan, {token.request_id: token.token_id for token in output.tokens})
+    return taken
 
 
 def _sample(point: Point, taken: Sequence[StepTiming], between: dict[int, float]) -> StepSample:

@@ -4,45 +4,52 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afd_server.profiling.grid import Plans, Point, points
+from afd_server.profiling.grid import VISIT_STEPS, Plans, Point, blocks_of, points
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 256), st.integers(1, 4096), st.integers(32, 40_000), st.integers(64, 10**6))
-def test_points_fit_what_there_is(max_requests, max_tokens, max_context, cache_tokens):
-    for point in points(max_requests, max_tokens, max_context, cache_tokens):
+@given(st.integers(1, 256), st.integers(1, 4096), st.integers(32, 40_000), st.integers(4, 10**5))
+def test_points_fit_what_there_is(max_requests, max_tokens, max_context, num_blocks):
+    for point in points(max_requests, max_tokens, max_context, num_blocks=num_blocks, block_size=16):
         assert point.requests <= max_requests
         assert point.rows <= max_tokens
         assert point.context + point.new_tokens < max_context
-        assert point.requests * (point.context + point.new_tokens) <= cache_tokens
+        requests = Plans(1000, 16).first(point).micro_batches[0]
+        assert max(block for request in requests for block in request.block_table) < num_blocks
 
 
 def test_the_grid_has_several_of_everything():
-    grid = points(64, 2048, 8192, 100_000)
+    grid = points(64, 2048, 8192, num_blocks=6250, block_size=16)
     assert {point.requests for point in grid} == {1, 2, 4, 8, 16, 32, 64}
     assert len({point.context for point in grid if point.requests == 16}) >= 3
     assert {point.new_tokens for point in grid} == {1, 128, 512}
 
 
 @pytest.mark.parametrize("point", [Point(3, 1, 40), Point(1, 128, 512)])
-def test_plans_of_a_visit_go_on_where_the_one_before_ended(point):
-    plans = list(Plans(1000, 16).visit(point))
-    names = [tuple(request.request_id for request in plan.micro_batches[0]) for plan in plans]
-    assert set(names) == {names[0]}
-    assert [plan.micro_batches[0][0].start_position for plan in plans] == [
-        point.context + n for n in range(len(plans))
+def test_a_step_goes_on_where_the_one_before_ended(point):
+    plans = Plans(1000, 16)
+    first = plans.first(point)
+    names = [request.request_id for request in first.micro_batches[0]]
+    second = plans.following(first, {name: 7 + index for index, name in enumerate(names)})
+    assert [request.request_id for request in second.micro_batches[0]] == names
+    assert [request.token_ids for request in second.micro_batches[0]] == [
+        (7 + index,) for index in range(point.requests)
     ]
-    assert [len(plan.started) for plan in plans] == [point.requests] + [0] * (len(plans) - 1)
-    blocks = [block for request in plans[0].micro_batches[0] for block in request.block_table]
-    assert len(blocks) == len(set(blocks))
-    last = plans[-1].micro_batches[0][0]
-    assert len(last.block_table) * 16 >= last.start_position + len(last.token_ids)
+    assert {request.start_position for request in second.micro_batches[0]} == {point.context + point.new_tokens}
+    assert (len(first.started), len(second.started)) == (point.requests, 0)
+
+
+@pytest.mark.parametrize("point", [Point(3, 1, 40), Point(1, 128, 512)])
+def test_requests_have_blocks_of_their_own_for_all_steps(point):
+    requests = Plans(1000, 16).first(point).micro_batches[0]
+    blocks = [block for request in requests for block in request.block_table]
+    assert sorted(blocks) == list(range(point.requests * blocks_of(point, 16)))
+    assert len(requests[0].block_table) * 16 >= point.context + point.new_tokens + VISIT_STEPS
 
 
 def test_requests_of_the_visit_before_are_given_back():
     plans = Plans(1000, 16)
-    *_, first = plans.visit(Point(2, 1, 16))
-    second = next(plans.visit(Point(1, 1, 16)))
+    first, second = plans.first(Point(2, 1, 16)), plans.first(Point(1, 1, 16))
     assert second.finished == tuple(request.request_id for request in first.micro_batches[0])
     assert second.step > first.step
 
