@@ -275,6 +275,12 @@ def plan(argv: Sequence[str]) -> int:
     return plan(argv)
 
 
+def simulate(argv: Sequence[str]) -> int:
+    from afd_server.simulator.command import simulate
+
+    return simulate(argv)
+
+
 def profile(argv: Sequence[str]) -> int:
     from afd_server.profiling.command import profile
 
@@ -288,6 +294,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "restart": (restart, "renew them one by one"),
     "bench": (bench, "measure any server under load"),
     "plan": (plan, "what a model costs, and the layout that suits it"),
+    "simulate": (simulate, "a deployment under traffic and failures, in simulated time"),
     "profile": (profile, "measure a model's times on this machine, for plan, simulate and serve"),
     "chat": (chat, "talk to a running server"),
     "convert": (convert, "GGUF file to Hugging Face directory"),
