@@ -69,7 +69,12 @@ def _add_setting(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
 
 def _add_cards(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--attention-card", default="h800", metavar="CARD", help="of each attention worker. Default: %(default)s")
+    add(
+        "--attention-card",
+        default="h800",
+        metavar="CARD",
+        help="of each attention worker. Default: %(default)s",
+    )
     add("--ffn-card", default="h800", metavar="CARD", help="of each FFN worker. Default: %(default)s")
     add("--hardware-file", type=Path, metavar="FILE", help="YAML with more cards")
     add("--network-gbps", type=positive, metavar="GBPS", help="of a card's NIC, in place of each card's own")
@@ -106,7 +111,11 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--detail", choices=tuple(map(str, Detail)), default="auto", help="hops: every call is an event; steps: a step is, which is an estimate; "
         "auto: hops where they are few; lockstep, undivided: for comparison. Default: %(default)s")  # fmt: skip
     add("--warm-up", type=float, metavar="S", help="at first, which results leave out. Default: a fifth")
-    add("--study", choices=STUDIES, help="a question answered by many runs, as a table and with --plot a picture")
+    add(
+        "--study",
+        choices=STUDIES,
+        help="a question answered by many runs, as a table and with --plot a picture",
+    )
     add("--json", action="store_true", help="print JSON only")
     add("--plot", type=Path, metavar="DIR", help="write pictures there as PNG and SVG; needs matplotlib")
 

@@ -4,8 +4,8 @@ What lives here: an Execution in which all attention replicas begin a step toget
 slowest replica sets the pace of all; in return the FFN side reads its weights once a layer for everyone. A replica without requests
 takes part at no cost, though real ones would run dummy batches. What does not: failures, which stop such a group as a whole.
 
-together: the attention cards are the FFN cards too (the model is served undivided, experts spread over all cards), so attention and
-FFN never overlap but for micro-batches whose rows are on the wire.
+together: the attention cards are the FFN cards too: the model is served undivided, experts spread over all cards. Then a card computes
+one thing at a time, and only what is on the wire is hidden behind another micro-batch.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ class Lockstep:
             return
         hops = self._common_hops(group, steps)
         num_layers = self.times.num_layers
-        if self.together:  # one set of cards: nothing is hidden
-            common_s = num_layers * sum(each.attention_s + each.ffn_s + each.wire_s for each in hops)
+        if self.together:
+            computing_s = sum(each.attention_s + each.ffn_s for each in hops)
+            own_way_s = max(each.attention_s + each.ffn_s + each.wire_s for each in hops)
+            common_s = num_layers * max(computing_s, own_way_s)
         else:
             common_s = predict_step_s(hops, num_layers)
         busy_s = num_layers * sum(each.ffn_s for each in hops)
