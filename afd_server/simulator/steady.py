@@ -6,6 +6,7 @@ compared (studies.py).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from afd_server.engine.step_time import StepWork
@@ -40,12 +41,21 @@ def divided_step_s(times: LayerTimes, num_replicas: int, load: Load) -> float:
     return alone_s + windows.delay(num_replicas, shape).delay_s + overhead_s
 
 
+def merged_step_s(times: LayerTimes, num_replicas: int, load: Load) -> float:
+    """The same, if the calls of all workers for a layer always reached the FFN side together: in lockstep, that is."""
+    return _lockstep_step_s(times, num_replicas, load, together=False)
+
+
 def undivided_step_s(times: LayerTimes, num_cards: int, load: Load) -> float:
     """Of num_cards that all hold the attention side and each a shard of the FFN, and so run in lockstep."""
+    return _lockstep_step_s(times, num_cards, load, together=True)
+
+
+def _lockstep_step_s(times: LayerTimes, count: int, load: Load, *, together: bool) -> float:
     events = Events()
-    execution = Lockstep(events, times, num_shards=1, together=True)
+    execution = Lockstep(events, times, num_shards=1, together=together)
     hops = [StepModel(times).hop(load.work)] * load.micro_batches
-    for card in range(num_cards):
-        execution.begin(card, hops, times.step_overhead_s(load.requests), lambda ended: None)
-    events.run_until(1e9)
+    for replica in range(count):
+        execution.begin(replica, hops, times.step_overhead_s(load.requests), lambda ended: None)
+    events.run_until(math.inf)
     return events.now_s

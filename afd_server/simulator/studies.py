@@ -13,14 +13,17 @@ from typing import Any
 
 from afd_server.config import ServeConfig
 from afd_server.planner.layout import Layout, ffn_fits, most_requests
+from afd_server.planner.times import LayerTimes
 from afd_server.simulator.demand import Demand, Lengths
 from afd_server.simulator.deployment import Deployment
 from afd_server.simulator.results import Result
 from afd_server.simulator.scenario import Detail, Failures, Kill, Scenario
 from afd_server.simulator.simulation import simulate
-from afd_server.simulator.steady import Load, divided_step_s, undivided_step_s
+from afd_server.simulator.steady import Load, divided_step_s, merged_step_s, undivided_step_s
 
 Progress = Callable[[float], None] | None
+
+StepSeconds = Callable[[LayerTimes, int, Load], float]
 
 CONTEXT = 8192
 TPOT_S = 0.05
@@ -37,7 +40,8 @@ NETWORKS_GBPS = (25, 50, 100, 200, 400)
 # Lost workers and lockstep: attention workers, clients of each, seconds.
 WORKERS, CLIENTS = 8, 24
 LOST_AT_S, RESTART_S, LOSS_S = 20.0, 15.0, 50.0
-SLOWNESS = (1.0, 1.25, 1.5, 2.0)
+PROMPTS = (32, 256, 1024, 4096)
+SLOWNESS = (1.5, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,39 +93,43 @@ def _layout(deployment: Deployment, attention_workers: int, ffn_workers: int) ->
 def ratio(deployment: Deployment, seed: int, progress: Progress) -> Study:
     """More and more attention workers on one FFN side; each with as many requests as keep the time per token."""
     shards = smallest_shards(deployment)
+    most = most_requests(deployment.workload, deployment.attention_card)
     rows = []
     for number, workers in enumerate(ATTENTION_WORKERS):
         row: dict[str, Any] = {"attention_workers": workers, "ffn_workers": shards, "ratio": workers / shards}
         times = deployment.workload.times(_layout(deployment, workers, shards))
-        for micro_batches in MICRO_BATCHES:
-
-            def step_s(
-                requests: int, times: Any = times, m: int = micro_batches, count: int = workers
-            ) -> float:
-                return divided_step_s(times, count, Load(requests, CONTEXT, m))
-
-            requests = _most(
-                step_s, most_requests(deployment.workload, deployment.attention_card), micro_batches
-            )
-            tokens_per_s = workers * requests / step_s(requests) if requests else 0.0
-            row[f"requests_m{micro_batches}"] = requests
-            row[f"tokens_per_s_per_gpu_m{micro_batches}"] = tokens_per_s / (workers + shards)
+        for name, step_s in (("", divided_step_s), ("_merged", merged_step_s)):
+            best = max(_most(times, workers, m, step_s, most) for m in MICRO_BATCHES)
+            tokens_per_s, requests, micro_batches = best
+            row |= {f"tokens_per_s_per_gpu{name}": tokens_per_s / (workers + shards), f"requests{name}": requests,
+                    f"micro_batches{name}": micro_batches}  # fmt: skip
         rows.append(row)
         if progress:
             progress((number + 1) / len(ATTENTION_WORKERS))
-    about = (
-        f"tokens/s per GPU with {shards} FFN workers, context {CONTEXT}, at most {TPOT_S * 1e3:g} ms a token"
-    )
+    about = f"{shards} FFN workers, context {CONTEXT}, at most {TPOT_S * 1e3:g} ms a token"
     return Study("ratio", deployment.workload.model.name, about, rows)
 
 
-def _most(step_s: Callable[[int], float], most: int, multiple: int) -> int:
-    """The largest multiple up to `most` whose step keeps the time per token; 0 if none."""
-    low, high = 0, most // multiple + 1
-    while high - low > max(1, low // 20):  # within 5 %
+def _most(
+    times: LayerTimes, workers: int, micro_batches: int, step_s: StepSeconds, most: int
+) -> tuple[float, int, int]:
+    """(tokens/s, requests of a worker, micro-batches) with as many requests, within 5 %, as keep the time per token."""
+
+    def keeps(count: int) -> bool:
+        return step_s(times, workers, Load(count * micro_batches, CONTEXT, micro_batches)) <= TPOT_S
+
+    low, high = 0, most // micro_batches + 1
+    while high - low > max(1, low // 20):
         middle = (low + high) // 2
-        low, high = (middle, high) if step_s(middle * multiple) <= TPOT_S else (low, middle)
-    return low * multiple
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    if not low:
+        return 0.0, 0, micro_batches
+    requests = low * micro_batches
+    return (
+        workers * requests / step_s(times, workers, Load(requests, CONTEXT, micro_batches)),
+        requests,
+        micro_batches,
+    )
 
 
 # --- when dividing loses --------------------------------------------------------------------------------------------
@@ -138,19 +146,24 @@ def undivided(deployment: Deployment, seed: int, progress: Progress) -> Study:
             whole_s = min(
                 undivided_step_s(whole_times, CARDS, Load(requests, CONTEXT, m)) for m in MICRO_BATCHES[:2]
             )
-            best_s, best = min(
-                (divided_step_s(there.workload.times(layout), layout.attention_workers,
-                                Load(requests * CARDS / layout.attention_workers, CONTEXT, m)), (layout.attention_workers, layout.ffn_workers, m))
-                for layout in _splits(there)
-                for m in (1, 3)
-            )  # fmt: skip
-            rows.append({"network_gbps": gbps, "requests_per_gpu": requests, "undivided_ms": whole_s * 1e3, "divided_ms": best_s * 1e3,
-                         "attention_workers": best[0], "ffn_workers": best[1], "micro_batches": best[2],
-                         "divided_speed": whole_s / best_s})  # fmt: skip
+            divided_s, merged_s = (
+                _best_split_s(there, requests, step_s) for step_s in (divided_step_s, merged_step_s)
+            )
+            rows.append({"network_gbps": gbps, "requests_per_gpu": requests, "undivided_ms": whole_s * 1e3, "divided_ms": divided_s * 1e3,
+                         "merged_ms": merged_s * 1e3, "divided_speed": whole_s / divided_s, "merged_speed": whole_s / merged_s})  # fmt: skip
         if progress:
             progress((index + 1) / len(NETWORKS_GBPS))
-    about = f"a step of {CARDS} GPUs, divided and not, context {CONTEXT}; divided_speed above 1: dividing pays"
+    about = f"a step of {CARDS} GPUs, divided and not, context {CONTEXT}; a speed above 1: dividing pays"
     return Study("undivided", deployment.workload.model.name, about, rows)
+
+
+def _best_split_s(deployment: Deployment, requests: int, step_s: StepSeconds) -> float:
+    """A step with so many requests a GPU, on the best division of the GPUs and with the best number of micro-batches."""
+    found = []
+    for layout in _splits(deployment):
+        times, workers = deployment.workload.times(layout), layout.attention_workers
+        found += [step_s(times, workers, Load(requests * CARDS / workers, CONTEXT, m)) for m in MICRO_BATCHES]
+    return min(found)
 
 
 def _splits(deployment: Deployment) -> list[Layout]:
@@ -201,18 +214,29 @@ def _tokens_per_s(result: Result, from_s: float, to_s: float) -> float:
 
 
 def lockstep(deployment: Deployment, seed: int, progress: Progress) -> Study:
-    """The same requests on the same workers, one of which is slower than the others."""
+    """The same requests on the same workers, in lockstep and not: with longer and longer prompts, and with a slower worker."""
+    cases = [(prompt, 1.0) for prompt in PROMPTS] + [(PROMPTS[0], slowness) for slowness in SLOWNESS]
     rows = []
-    for number, slowness in enumerate(SLOWNESS):
+    for number, (prompt, slowness) in enumerate(cases):
+        usual = _usual(deployment, seed)
+        lengths = Lengths.parse("--input-len", f"lognormal:{prompt}:1")
         scenario = dataclasses.replace(
-            _usual(deployment, seed), duration_s=25.0, warm_up_s=5.0, slowness={"attention-0": slowness}
+            usual,
+            demand=dataclasses.replace(usual.demand, prompt=lengths),
+            duration_s=20.0,
+            warm_up_s=5.0,
+            slowness={"attention-0": slowness},
         )
         free = simulate(scenario)
         locked = simulate(dataclasses.replace(scenario, detail=Detail.LOCKSTEP))
-        rows.append({"slowest_worker": slowness} | _of(free, "") | _of(locked, "_lockstep"))
+        rows.append(
+            {"prompt_tokens": prompt, "slowest_worker": slowness} | _of(free, "") | _of(locked, "_lockstep")
+        )
         if progress:
-            progress((number + 1) / len(SLOWNESS))
-    about = f"{WORKERS} attention workers of {CLIENTS} clients each; one takes `slowest_worker` times as long"
+            progress((number + 1) / len(cases))
+    about = (
+        f"{WORKERS} attention workers of {CLIENTS} clients each, of which one is `slowest_worker` times as slow"
+    )
     return Study("lockstep", deployment.workload.model.name, about, rows)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from afd_server.simulator.plots import COLOURS, write
-from afd_server.simulator.studies import LOST_AT_S, MICRO_BATCHES, RESTART_S, Study
+from afd_server.simulator.studies import LOST_AT_S, RESTART_S, Study
 
 
 def draw_study(directory: Path, study: Study) -> list[Path]:
@@ -18,18 +18,24 @@ def draw_study(directory: Path, study: Study) -> list[Path]:
     return write(directory, f"{study.name}-{study.model}", lambda figure: draw(figure, study))
 
 
+AS_IT_RUNS, AS_PLANNED = "calls merge where they meet", "all calls of a layer merged"
+
+
 def _ratio(figure: Any, study: Study) -> None:
     axes = figure.subplots()
-    for colour, count in zip(COLOURS, MICRO_BATCHES, strict=False):
-        values = [row[f"tokens_per_s_per_gpu_m{count}"] for row in study.rows]
-        label = f"{count} micro-batch{'es' if count > 1 else ''}"
-        axes.plot([row["ratio"] for row in study.rows], values, color=colour, marker="o", label=label)
-    axes.set(
-        xlabel="attention workers per FFN worker",
-        ylabel="tokens/s per GPU",
-        title=f"{study.model}: {study.about}",
-    )
-    axes.set_ylim(bottom=0)
+    for colour, suffix, label in ((COLOURS[0], "", AS_IT_RUNS), (COLOURS[1], "_merged", AS_PLANNED)):
+        ratios = [row["ratio"] for row in study.rows]
+        values = [row[f"tokens_per_s_per_gpu{suffix}"] for row in study.rows]
+        axes.plot(ratios, values, color=colour, marker="o", label=label)
+        for x, y, row in zip(ratios, values, study.rows, strict=True):
+            note = f"{row[f'requests{suffix}']}"
+            axes.annotate(
+                note, (x, y), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8, color=colour
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+    axes.set(xlabel="attention workers per FFN worker", ylabel="tokens/s per GPU", title=f"{study.model}: {study.about}; numbers: requests of each attention worker")  # fmt: skip
+    axes.set_ylim(bottom=0, top=1.12 * max(axes.get_ylim()[1], 1.0))
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -37,22 +43,25 @@ def _ratio(figure: Any, study: Study) -> None:
 def _undivided(figure: Any, study: Study) -> None:
     from matplotlib.colors import TwoSlopeNorm
 
-    axes = figure.subplots()
     networks = sorted({row["network_gbps"] for row in study.rows})
     requests = sorted({row["requests_per_gpu"] for row in study.rows})
-    speed = {(row["network_gbps"], row["requests_per_gpu"]): row["divided_speed"] for row in study.rows}
-    grid = [[speed[gbps, count] for count in requests] for gbps in networks]
-    image = axes.imshow(grid, origin="lower", aspect="auto", cmap="RdBu", norm=TwoSlopeNorm(1.0, 0.4, 1.6))
-    for y, row in enumerate(grid):
-        for x, value in enumerate(row):
-            strong = abs(value - 1) > 0.4
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if strong else "black")
-    axes.set_xticks(range(len(requests)), [str(count) for count in requests])
-    axes.set_yticks(range(len(networks)), [f"{gbps:g}" for gbps in networks])
-    axes.set(
-        xlabel="requests per GPU", ylabel="network, Gb/s of each GPU", title=f"{study.model}: {study.about}"
-    )
-    figure.colorbar(image, ax=axes, label="speed divided / undivided (blue: dividing pays)")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, title in zip(
+        panels, ("divided_speed", "merged_speed"), (AS_IT_RUNS, AS_PLANNED), strict=True
+    ):
+        speed = {(row["network_gbps"], row["requests_per_gpu"]): row[key] for row in study.rows}
+        grid = [[speed[gbps, count] for count in requests] for gbps in networks]
+        image = axes.imshow(grid, origin="lower", aspect="auto", cmap="RdBu", norm=TwoSlopeNorm(1.0, 0.3, 1.7))
+        for y, row in enumerate(grid):
+            for x, value in enumerate(row):
+                colour = "white" if abs(value - 1) > 0.4 else "black"
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour)
+        axes.set_xticks(range(len(requests)), [str(count) for count in requests])
+        axes.set(xlabel="requests per GPU", title=title)
+    panels[0].set_yticks(range(len(networks)), [f"{gbps:g}" for gbps in networks])
+    panels[0].set_ylabel("network, Gb/s of each GPU")
+    figure.colorbar(image, ax=panels, label="speed, divided over undivided")
+    figure.suptitle(f"{study.model}: {study.about}", fontsize="medium")
 
 
 def _ffn_loss(figure: Any, study: Study) -> None:
@@ -72,23 +81,24 @@ def _ffn_loss(figure: Any, study: Study) -> None:
 
 
 def _lockstep(figure: Any, study: Study) -> None:
-    for axes, key, label in zip(
-        figure.subplots(1, 2),
-        ("tokens_per_s", "tpot_p99_ms"),
-        ("tokens/s", "99th percentile of TPOT, ms"),
-        strict=True,
-    ):
-        slowness = [row["slowest_worker"] for row in study.rows]
-        axes.plot(slowness, [row[key] for row in study.rows], color=COLOURS[0], marker="o", label="no lockstep")
-        axes.plot(
-            slowness,
-            [row[f"{key}_lockstep"] for row in study.rows],
-            color=COLOURS[1],
-            marker="s",
-            label="lockstep",
-        )
-        axes.set(xlabel="times of the slowest attention worker, as a multiple", ylabel=label)
-        axes.set_ylim(bottom=0)
+    by_prompt = [row for row in study.rows if row["slowest_worker"] == 1]
+    shortest = min(row["prompt_tokens"] for row in study.rows)
+    by_slowness = [row for row in study.rows if row["prompt_tokens"] == shortest]
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, rows, key in ((left, by_prompt, "prompt_tokens"), (right, by_slowness, "slowest_worker")):
+        for colour, suffix, label in ((COLOURS[0], "", "no lockstep"), (COLOURS[1], "_lockstep", "lockstep")):
+            values = [row[f"tokens_per_s{suffix}"] for row in rows]
+            axes.plot([row[key] for row in rows], values, color=colour, marker="o", label=label)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower left")
-    figure.suptitle(f"{study.model}: {study.about}", fontsize="medium")
+        axes.legend()
+    left.set_xscale("log", base=2)
+    left.set_xticks(
+        [row["prompt_tokens"] for row in by_prompt], [str(row["prompt_tokens"]) for row in by_prompt]
+    )
+    left.set(xlabel="mean prompt, tokens", ylabel="tokens/s", title="workers alike")
+    left.set_ylim(bottom=0)
+    right.set(
+        xlabel="times of one attention worker, as a multiple",
+        title=f"prompts of {shortest} tokens, one worker slow",
+    )
+    figure.suptitle(f"{study.model}: 8 attention workers, 24 clients each")

@@ -32,7 +32,17 @@ def test_json_holds_the_results(capsys):
 
 
 def test_text_says_the_same_for_people(capsys):
-    code, out, _ = run(capsys, "--max-concurrency", "4", "--kill", "1:ffn-3", "--ffn-restart", "0.5", "--slow", "attention-1=1.5")
+    code, out, _ = run(
+        capsys,
+        "--max-concurrency",
+        "4",
+        "--kill",
+        "1:ffn-3",
+        "--ffn-restart",
+        "0.5",
+        "--slow",
+        "attention-1=1.5",
+    )
     assert code == 0
     for word in ("throughput", "goodput", "TTFT", "TPOT", "utilisation", "cost", "failures", "us a step"):
         assert word in out
