@@ -72,12 +72,13 @@ def _ffn_loss(figure: Any, study: Study) -> None:
         bins = row["tokens_per_s"]
         means = [sum(bins[at : at + width]) / width for at in range(0, len(bins) - width + 1, width)]
         seconds = [(index + 0.5) * width * row["bin_s"] for index in range(len(means))]
-        label = f"{row['extra_replicas']} replicas beside ({row['gpus']} GPUs): {row['seconds_lost']:.1f} s of output lost"
+        beside = ("no replica", "1 replica more", "2 replicas more")[row["extra_replicas"]]
+        label = f"{beside}, {row['gpus']} GPUs: {row['seconds_lost']:.1f} s of output lost"
         axes.plot(seconds, means, color=colour, label=label)
     axes.set(xlabel="seconds", ylabel="tokens/s", title=f"{study.model}: {study.about}")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.35 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right", ncols=2)
 
 
 def _lockstep(figure: Any, study: Study) -> None:
