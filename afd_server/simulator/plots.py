@@ -84,10 +84,13 @@ def _lanes(figure: Any, spans: Spans) -> None:
     for row, lane in enumerate(lanes):
         if not lane.startswith("wire"):
             axes.broken_barh([(0, (spans.to_s - spans.from_s) * 1e3)], (row - 0.35, 0.7), **BUBBLE)
-        for span in by_lane[lane]:
-            piece = ((span.began_s - spans.from_s) * 1e3, (span.ended_s - span.began_s) * 1e3)
-            colour = COLOURS[span.micro_batch % len(COLOURS)]
-            axes.broken_barh([piece], (row - 0.35, 0.7), facecolor=colour, edgecolor="white", linewidth=0.3)
+        for micro_batch, colour in enumerate(COLOURS):
+            pieces = [
+                ((span.began_s - spans.from_s) * 1e3, (span.ended_s - span.began_s) * 1e3)
+                for span in by_lane[lane]
+                if span.micro_batch == micro_batch
+            ]
+            axes.broken_barh(pieces, (row - 0.35, 0.7), facecolor=colour, edgecolor="white", linewidth=0.3)
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()
     axes.set_xlim(0, (spans.to_s - spans.from_s) * 1e3)

@@ -40,7 +40,7 @@ NETWORKS_GBPS = (25, 50, 100, 200, 400)
 # Lost workers and lockstep: attention workers, clients of each, seconds.
 WORKERS, CLIENTS = 8, 24
 LOST_AT_S, RESTART_S, LOSS_S = 20.0, 15.0, 50.0
-PROMPTS = (32, 256, 1024, 4096)
+PROMPTS = (32, 128, 512, 2048)
 SLOWNESS = (1.5, 2.0, 4.0)
 
 
@@ -240,12 +240,13 @@ def lockstep(deployment: Deployment, seed: int, progress: Progress) -> Study:
     return Study("lockstep", deployment.workload.model.name, about, rows)
 
 
-def _of(result: Result, suffix: str) -> dict[str, float]:
+def _of(result: Result, suffix: str) -> dict[str, float | None]:
+    """None where no request came so far."""
     found = result.as_json()
-    return {
-        f"tokens_per_s{suffix}": result.tokens_per_s,
-        f"tpot_p99_ms{suffix}": found["tpot_s"]["p99"] * 1e3,
-        f"ttft_p99_ms{suffix}": found["ttft_s"]["p99"] * 1e3,
+    p99_s = {key: (found[key] or {}).get("p99") for key in ("tpot_s", "ttft_s")}
+    return {f"tokens_per_s{suffix}": result.tokens_per_s} | {
+        f"{key.removesuffix('_s')}_p99_ms{suffix}": None if value is None else value * 1e3
+        for key, value in p99_s.items()
     }
 
 

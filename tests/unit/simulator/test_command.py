@@ -58,7 +58,9 @@ def test_traces_in_both_public_formats_are_played(capsys, file, answered):
 
 def test_pictures_are_written(capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    code, _, err = run(capsys, "--max-concurrency", "2", "--detail", "hops", "--plot", str(tmp_path))
+    code, _, err = run(
+        capsys, "--max-concurrency", "1", "--duration", "0.5", "--detail", "hops", "--plot", str(tmp_path)
+    )
     assert code == 0
     assert {path.name for path in tmp_path.iterdir()} == {"run.png", "run.svg", "lanes.png", "lanes.svg"}
     assert "wrote" in err
