@@ -34,8 +34,8 @@ from afd_server.traffic import read_trace
 
 # Where neither the flags nor the model bound it: prompt and output.
 LONGEST_TOKENS = 16384
-# The picture of a step's lanes is taken here, as a share of the run, and for so many steps of the usual length.
-PICTURE_AT, PICTURE_STEPS = 0.7, 2.2
+# The picture of the lanes is taken here, as a share of the run, and for about so many layers: a whole step is a blur.
+PICTURE_AT, PICTURE_LAYERS = 0.7, 8
 
 
 def simulate(argv: Sequence[str]) -> int:
@@ -158,10 +158,11 @@ def _demand(given: Any) -> Demand:
 
 
 def _spans(scenario: Scenario) -> Spans:
-    """Of about two steps, late in the run."""
+    """Of a few layers, late in the run."""
     rows = max(1, scenario.config.max_num_seqs // 2)
     from_s = PICTURE_AT * scenario.duration_s
-    return Spans(from_s, from_s + PICTURE_STEPS * scenario.times.step_s(rows, 1024.0 * rows))
+    layer_s = scenario.times.step_s(rows, 1024.0 * rows) / scenario.times.num_layers
+    return Spans(from_s, from_s + PICTURE_LAYERS * layer_s)
 
 
 @contextmanager

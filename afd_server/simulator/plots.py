@@ -1,4 +1,4 @@
-"""The pictures of one run: throughput and load over time, how long requests took, and the lanes of two steps.
+"""The pictures of one run: throughput and load over time, how long requests took, and the lanes of some layers.
 
 What lives here: drawing. What does not: any number that is drawn. matplotlib is an extra of the package.
 """
@@ -69,6 +69,8 @@ def _run(figure: Any, result: Result) -> None:
         shares = [(index + 1) / len(known) for index in range(len(known))]
         times.plot(known, shares, color=colour, label=label)
     times.set_xscale("log")
+    times.xaxis.set_major_formatter("{x:g}")
+    times.xaxis.set_minor_formatter("")
     times.set(xlabel="ms", ylabel="share of requests", title="as fast or faster")
     times.grid(alpha=0.3)
     times.legend(loc="lower right")
@@ -94,7 +96,7 @@ def _lanes(figure: Any, spans: Spans) -> None:
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()
     axes.set_xlim(0, (spans.to_s - spans.from_s) * 1e3)
-    axes.set(xlabel="ms", title="about two steps; a colour is a micro-batch, hatched: nothing to compute")
+    axes.set(xlabel="ms", title="some layers; a colour is a micro-batch, hatched: nothing to compute")
 
 
 def _order(lane: str) -> tuple[int, int, str]:
