@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -111,10 +112,15 @@ def _scenario(given: Any, deployment: Deployment, model: CountedModel) -> Scenar
     warm_up_s = given.duration / 5 if given.warm_up is None else given.warm_up
     if not 0 <= warm_up_s < given.duration:
         raise ConfigError("--warm-up", f"{warm_up_s:g} s leave nothing of --duration {given.duration:g}")
+    times = deployment.times(config)
+    least_ms = times.step_s(1, 1) * 1e3
+    if config.tpot_sla_ms is not None and config.tpot_sla_ms < least_ms:
+        raise ConfigError("--tpot-sla-ms", f"{config.tpot_sla_ms:g} ms cannot be kept: a request alone takes {least_ms:.1f} ms a token",
+                          f"{math.ceil(least_ms)} is the least")  # fmt: skip
     attention_usd, ffn_usd = deployment.usd_per_hour()
     return Scenario(
         config=config,
-        times=deployment.times(config),
+        times=times,
         demand=_demand(given),
         duration_s=given.duration,
         kv_tokens=deployment.kv_tokens(config),

@@ -80,6 +80,7 @@ MISTAKES = [
     (("--request-rate", "1", "--warm-up", "5"), "--warm-up"),
     (("--request-rate", "1", "--ffn-replicas", "3"), "equal copies"),
     (("--request-rate", "1", "--detail", "lockstep", "--mtbf-hours", "5"), "no failures"),
+    (("--request-rate", "1", "--tpot-sla-ms", "0.5"), "is the least"),
     (("--trace", "/nowhere.csv"), "/nowhere.csv"),
     (("--request-rat", "1"), "did you mean --request-rate"),
 ]
