@@ -40,9 +40,24 @@ PICTURE_AT, PICTURE_LAYERS = 0.7, 8
 
 
 def simulate(argv: Sequence[str]) -> int:
-    flags = parser()
-    given = flags.parse_args(list(argv))
-    logging.getLogger("afd_server").setLevel(logging.CRITICAL)  # simulated deaths are no errors of this process
+    given = parser().parse_args(list(argv))
+    with _simulated_deaths_are_no_errors():
+        return _simulate(given)
+
+
+@contextmanager
+def _simulated_deaths_are_no_errors() -> Iterator[None]:
+    """Nothing of them is logged."""
+    logger = logging.getLogger("afd_server")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _simulate(given: Any) -> int:
     if given.plot:
         from afd_server.planner.plots import require_matplotlib
 

@@ -95,11 +95,11 @@ def test_mappings_are_added_up_by_their_name():
 
 def test_own_memory_is_what_no_file_backs():
     """On this process: a written tensor counts, and all of it together is no more than what the process has."""
-    before, _ = own_and_slots(os.getpid())
+    before, slots_before = own_and_slots(os.getpid())
     written = allocate(32 << 20).fill_(1)  # malloc might have as much left of something freed
     after, slots = own_and_slots(os.getpid())
     assert after - before > 24 << 20
-    assert slots == 0
+    assert slots <= slots_before  # of other tests' links, until they are collected
     assert after <= status(os.getpid())["VmHWM"]
     del written
 
