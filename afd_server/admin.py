@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from afd_server.config import separate_keys
 from afd_server.errors import ServingError
 
 # A change may load models and wait for requests; whether it still goes on is asked in between.
@@ -89,7 +90,7 @@ def _states(answer: Mapping[str, Any]) -> dict[str, str]:
 def _client(url: str, api_key: str | None) -> httpx.Client:
     if "://" not in url:
         url = f"http://{url}"
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {"Authorization": f"Bearer {separate_keys(api_key)[0]}"} if api_key else {}
     return httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=CHANGE_TIMEOUT)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 from rich.console import Console
 
+from afd_server.config import separate_keys
+
 PROMPT = "[bold]you>[/bold] "
 WELCOME = "talking to {model} at {url}; /reset forgets, /quit leaves, Ctrl-C stops an answer"
 # Between two pieces of an answer; the first one may wait for a long queue.
@@ -60,7 +62,7 @@ def run_chat(url: str, model: str | None, api_key: str | None, sampling: Mapping
     """
     if "://" not in url:
         url = f"http://{url}"
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {"Authorization": f"Bearer {separate_keys(api_key)[0]}"} if api_key else {}
     is_terminal = sys.stdin.isatty()
     console = Console(highlight=False, emoji=False)
     try:

@@ -26,6 +26,11 @@ MOST: Mapping[str, float] = {"int": 2**62, "float": 1e9}  # of a number; a timeo
 API_KEY_VARIABLE = "AFD_API_KEY"
 
 
+def separate_keys(api_key: str) -> list[str]:
+    """The API keys of a setting or of the environment, the operator's first."""
+    return [key.strip() for key in api_key.split(",")]
+
+
 def option(
     default: Any, room: str, help: str, choices: Iterable[str] | None = None, *, secret: bool = False
 ) -> Any:
@@ -55,7 +60,8 @@ class ServeConfig:
     api_key: str | None = option(
         None,
         "api",
-        f"clients must send it as a bearer token; {API_KEY_VARIABLE} in the environment does the same, unseen by `ps`",
+        "clients must send it as a bearer token; several with commas between, of which the first is the operator's; "
+        f"{API_KEY_VARIABLE} in the environment does the same, unseen by `ps`",
         secret=True,
     )
     client_timeout: float = option(
@@ -163,6 +169,10 @@ class ServeConfig:
         for name in ("model", "api_key", "served_model_name", "ray_address", "profile"):
             if getattr(self, name) == "":
                 raise ConfigError(flag(name), "is empty")
+        if self.api_key is not None and not all(separate_keys(self.api_key)):
+            raise ConfigError(
+                "--api-key", "one of the keys is empty", "give one, or several with commas between"
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError("--port", f"{self.port} is not a TCP port", "0 to 65535; 0 takes a free one")
         for name in ("shutdown_timeout", "max_queue_len", "max_restarts"):

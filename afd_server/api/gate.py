@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afd_server.api.errors import error_body
+from afd_server.config import separate_keys
 
 TENANT = "afd.tenant"
 
@@ -26,12 +27,13 @@ def tenant_of(scope: Scope) -> str:
 
 
 class Gate:
-    """Lets a request pass, or answers it itself: 401 below /v1 and /admin without the key, 413 for a body that says it is
-    too large. A body that turns out too large while it is read ends in 413 too. Without a key, /admin is for this host."""
+    """Lets a request pass, or answers it itself: 401 below /v1 and /admin without a key, 413 for a body that says it is
+    too large. A body that turns out too large while it is read ends in 413 too. Of several keys the first one alone opens
+    /admin; without a key, /admin is for this host."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
         self._app = app
-        self._expected = None if api_key is None else api_key.encode()
+        self._keys = [] if api_key is None else [key.encode() for key in separate_keys(api_key)]
         self._max_body_bytes = max_body_bytes
         # A key of this process: who sees an identity, in a log or a memory dump, cannot try keys on it.
         self._identity_key = secrets.token_bytes(32)
@@ -41,12 +43,13 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        refusal = self._refusal(scope, headers)
+        key = self._key_of(headers)
+        refusal = self._refusal(scope, headers, key)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        if self._expected is not None:
-            scope[TENANT] = hashlib.blake2b(self._expected, key=self._identity_key, digest_size=8).hexdigest()
+        if key is not None:
+            scope[TENANT] = hashlib.blake2b(key, key=self._identity_key, digest_size=8).hexdigest()
         num_bytes = 0
 
         async def bounded() -> Message:
@@ -59,35 +62,38 @@ class Gate:
 
         await self._app(scope, bounded, send)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> JSONResponse | None:
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], key: bytes | None) -> JSONResponse | None:
         for_operators = scope["path"].startswith("/admin")
-        guarded = self._expected is not None and (for_operators or scope["path"].startswith("/v1"))
-        if guarded and not self._knows_key(headers.get(b"authorization", b"")):
+        guarded = bool(self._keys) and (for_operators or scope["path"].startswith("/v1"))
+        if guarded and key is None:
             body = error_body(
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 type="authentication_error",
                 code="invalid_api_key",
             )
             return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
-        if for_operators and self._expected is None and not _is_from_here(scope, headers):
-            message = "without --api-key, /admin is for clients on the server's own host"
-            return JSONResponse(error_body(message, type="authentication_error", code="forbidden"), 403)
+        if for_operators and self._keys and key != self._keys[0]:
+            return _forbidden("this API key does not open /admin: the first of --api-key does")
+        if for_operators and not self._keys and not _is_from_here(scope, headers):
+            return _forbidden("without --api-key, /admin is for clients on the server's own host")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             return JSONResponse(error_body(self._too_large(), type="invalid_request_error"), 413)
         return None
 
-    def _knows_key(self, given: bytes) -> bool:
-        scheme, _, key = given.partition(b" ")
-        # In constant time: how long it takes must not tell how much of a guess was right.
-        return (
-            self._expected is not None
-            and scheme.lower() == b"bearer"
-            and hmac.compare_digest(key.strip(), self._expected)
-        )
+    def _key_of(self, headers: dict[bytes, bytes]) -> bytes | None:
+        """The key that came with a request, if it is one of ours."""
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        # In constant time: how long it takes must not tell how much of a guess was right, nor of which key.
+        matching = [key for key in self._keys if hmac.compare_digest(given.strip(), key)]
+        return matching[0] if matching and scheme.lower() == b"bearer" else None
 
     def _too_large(self) -> str:
         return f"the body is larger than {self._max_body_bytes} bytes"
+
+
+def _forbidden(message: str) -> JSONResponse:
+    return JSONResponse(error_body(message, type="authentication_error", code="forbidden"), 403)
 
 
 def _is_from_here(scope: Scope, headers: dict[bytes, bytes]) -> bool:

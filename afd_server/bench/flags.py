@@ -18,7 +18,7 @@ from afd_server.bench.client import Target
 from afd_server.bench.dataset import NAMES, DatasetSettings
 from afd_server.bench.statistics import METRICS, PROMISED
 from afd_server.command_line import Parser
-from afd_server.config import API_KEY_VARIABLE
+from afd_server.config import API_KEY_VARIABLE, separate_keys
 from afd_server.errors import ConfigError
 
 # vllm: what vLLM's benchmark calls the same.
@@ -121,7 +121,7 @@ def target_of(given: argparse.Namespace, url: str | None = None) -> Target:
     if key is not None:
         if not key.isprintable():
             raise ConfigError(" or ".join(KEY_VARIABLES), "in the environment is not one line of text")
-        headers = {"Authorization": f"Bearer {key}", **headers}
+        headers = {"Authorization": f"Bearer {separate_keys(key)[0]}", **headers}
     body = {name: getattr(given, name) for name in SAMPLING if getattr(given, name) is not None}
     if given.ignore_eos:
         body["ignore_eos"] = True

@@ -108,6 +108,13 @@ async def test_a_change_is_carried_through_although_its_caller_leaves(workers):
         await done.wait()
 
 
+async def test_of_several_keys_the_first_opens_admin(workers):
+    for key, status in (("operator", 200), ("client", 403), ("stranger", 401)):
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = await ask(workers, "GET", "/admin/workers", headers=headers, api_key="operator,client")
+        assert answer.status_code == status
+
+
 @pytest.mark.parametrize("path", ["/admin/workers", "/admin/scale", "/admin/restart"])
 async def test_with_a_key_the_key_is_asked_for_from_everywhere(workers, path):
     method = "GET" if path.endswith("workers") else "POST"

@@ -74,3 +74,16 @@ async def test_a_tenant_is_known_by_its_key_which_stays_at_the_door():
     first, second = (request.tenant for request in service.requests[-2:])
     assert first == second != ""
     assert "secret" not in first
+
+
+async def test_each_of_several_keys_is_a_tenant():
+    service = ScriptedService(says("a"))
+    async with client_for(service, api_key="one, two") as client:
+        statuses = [
+            (await client.post("/v1/completions", json={"prompt": "hi"}, headers={"Authorization": f"Bearer {key}"}))
+            .status_code
+            for key in ("one", "two", "one", "three", "one, two", "")
+        ]  # fmt: skip
+    assert statuses == [200, 200, 200, 401, 401, 401]
+    first, second, third = (request.tenant for request in service.requests)
+    assert first == third != second

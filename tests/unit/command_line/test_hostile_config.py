@@ -101,6 +101,9 @@ def test_the_key_is_not_shown(tmp_path, capsys, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         ServeConfig(api_key=["hidden"])
     assert "hidden" not in str(caught.value)
+    with pytest.raises(ConfigError, match="one of the keys is empty") as caught:
+        ServeConfig(api_key="hidden,")
+    assert "hidden" not in str(caught.value)
     monkeypatch.setenv("AFD_API_KEY", "hidden")
     assert main(["serve", "--port", "99999"]) == 2
     with pytest.raises(SystemExit):
