@@ -198,7 +198,9 @@ def test_workers_that_nobody_comes_for_end_themselves(model, home, expected):
     wait_until(lambda: list((home / "run").iterdir()) == [])
 
 
-@pytest.mark.parametrize("victim", ["keeper", "raylet", "gcs_server"])
+@pytest.mark.parametrize(
+    "victim", ["keeper", "raylet", pytest.param("gcs_server", marks=pytest.mark.slow)]
+)  # two ways to notice it
 def test_a_server_whose_ray_has_been_killed_ends_with_the_cause(model, home, victim):
     with Server(model, *FLAGS) as server:
         below = [psutil.Process(pid) for pid in pids(server).values()]
