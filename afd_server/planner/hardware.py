@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from afd_server.errors import ConfigError
+from afd_server.planner.yaml_file import read_yaml
 
 BUILT_IN = Path(__file__).parent / "data" / "hardware.yaml"
 NUMBERS = ("usd_per_hour", "bytes_per_s", "memory_bytes", "network_gbps")
 DTYPES = ("float32", "bfloat16", "fp8")
-MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,7 @@ def choose(cards: Mapping[str, Hardware], names: Sequence[str]) -> dict[str, Har
 
 
 def _read_file(path: Path) -> dict[str, Hardware]:
-    try:
-        content = path.read_bytes()
-        if len(content) > MAX_BYTES:
-            raise ConfigError(str(path), f"is larger than {MAX_BYTES} bytes")
-        values = yaml.safe_load(content)
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(str(path), f"is not YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict) or not values:
         raise ConfigError(str(path), "does not hold cards by name")
     return {str(name).lower(): _card(str(name).lower(), given, path) for name, given in values.items()}

@@ -17,9 +17,9 @@ import yaml
 
 from afd_server.errors import ConfigError
 from afd_server.planner.times import AttentionTimes, FFNTimes, LayerTimes, LinearTimes
+from afd_server.planner.yaml_file import read_yaml
 
 VERSION = 1
-MAX_BYTES = 1 << 20
 PARTS = {"attention": AttentionTimes, "ffn": FFNTimes, "wire": LinearTimes, "overhead": LinearTimes}
 
 Part = TypeVar("Part", AttentionTimes, FFNTimes, LinearTimes)
@@ -58,15 +58,7 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 def read_profile(path: Path) -> Profile:
     """Raises ConfigError, naming the file and the key, for what is missing, unknown or not a time."""
-    try:
-        content = path.read_bytes()
-        if len(content) > MAX_BYTES:
-            raise ConfigError(str(path), f"is larger than {MAX_BYTES} bytes")
-        values = yaml.safe_load(content)
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(str(path), f"is not YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, Mapping) or values.get("afd_profile") != VERSION:
         raise ConfigError(str(path), f"is no profile of version {VERSION}", "make one with afd profile")
     num_layers = values.get("num_layers")
