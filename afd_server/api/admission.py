@@ -1,7 +1,7 @@
 """From a body that is well formed to requests that the machine can run, or a refusal that names the field.
 
 What lives here: encoding of prompts, the checks that need the model (lengths, ids) or several fields, the defaults,
-the seeds. What does not: types and ranges of single fields (protocol.py). Nothing is computed for a refused request.
+the seeds. What does not: types and ranges of single fields (protocol/). Nothing is computed for a refused request.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from afd_server.api.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
+from afd_server.api.protocol.chat import ChatCompletionRequest
+from afd_server.api.protocol.generation import CompletionRequest, GenerationFields
 from afd_server.api.settings import ApiSettings
 from afd_server.errors import ModelNotFoundError, PromptTooLongError, RequestError
 from afd_server.text.tokenizer import Tokenizer

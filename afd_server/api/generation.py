@@ -1,7 +1,7 @@
 """Running a job: every choice's tokens become pieces of text, whichever choice has news first.
 
 What lives here: one choice from its request to its last piece, with stop strings and metrics, and the merging of
-several choices. What does not: OpenAI's JSON (responses.py). Whoever closes the iterator ends all choices at once.
+several choices. What does not: OpenAI's JSON (answers/). Whoever closes the iterator ends all choices at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from afd_server.api.admission import Choice
 from afd_server.api.errors import GenerationFailedError
-from afd_server.api.protocol import GenerationFields
+from afd_server.api.protocol.generation import GenerationFields
 from afd_server.api.settings import Service
 from afd_server.errors import OverloadedError, UnavailableError
 from afd_server.telemetry.metrics import REFUSED, Metrics

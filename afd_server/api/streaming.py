@@ -1,7 +1,7 @@
 """Sending the answer: as one JSON body, or as server-sent events while it grows.
 
 What lives here: the order of chunks, and what happens when the client leaves: its work ends at once. What does not:
-the chunks' content (responses.py). Source of the event format: html.spec.whatwg.org, server-sent events.
+the chunks' content (answers/). Source of the event format: html.spec.whatwg.org, server-sent events.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from afd_server.api.answers.answer import Answer, Usage, joined
 from afd_server.api.errors import describe
 from afd_server.api.generation import Piece
-from afd_server.api.protocol import GenerationFields
-from afd_server.api.responses import Answer, Usage, joined
+from afd_server.api.protocol.generation import GenerationFields
 from afd_server.errors import ServingError, UnavailableError
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from afd_server.api.protocol import ChatCompletionRequest, CompletionRequest
+from afd_server.api.protocol.chat import ChatCompletionRequest
+from afd_server.api.protocol.generation import CompletionRequest
 from afd_server.text.chat_template import ChatTemplate
 from afd_server.types import SamplingParams
 from tests.unit.api.scripted_service import ScriptedService, client_for, post, says

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afd_server.api import admission, protocol
-from afd_server.api.protocol import ChatCompletionRequest, CompletionRequest
+from afd_server.api import admission
+from afd_server.api.protocol.chat import ChatCompletionRequest, Message
+from afd_server.api.protocol.generation import CompletionRequest
 from tests.unit.api.scripted_service import ScriptedService, client_for, post, says
 
 JSON_HEADERS = {"content-type": "application/json"}
@@ -31,7 +32,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 IDS = st.lists(st.integers(-2, 300), max_size=70)
 MESSAGES = st.lists(
-    st.dictionaries(st.sampled_from(sorted(protocol.Message.model_fields)), VALUES, max_size=4), max_size=3
+    st.dictionaries(st.sampled_from(sorted(Message.model_fields)), VALUES, max_size=4), max_size=3
 )
 LIKELY = {
     "prompt": st.text(max_size=80) | IDS | st.lists(st.text(max_size=9) | IDS, max_size=4),
