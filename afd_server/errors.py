@@ -75,6 +75,13 @@ class CannotScaleError(RequestError):
     code = "cannot_scale"
 
 
+class TooManyRecordingsError(RequestError):
+    """As many as may watch the workers' hops do so already."""
+
+    status = 429
+    code = "too_many_recordings"
+
+
 # --- failures of the machine: a retry, or HTTP 503 -----------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from afd_server.attention.ffn_group import Connector
 from afd_server.checkpoints.locate import locate_model
 from afd_server.cluster.layout import link_shape, resolve
 from afd_server.cluster.names import attention_name, ffn_name
+from afd_server.cluster.recording import Recording, local_recorded
 from afd_server.cluster.workers import AttentionReplica, FFNServer, Started
 from afd_server.config import ServeConfig
 from afd_server.errors import CannotScaleError, StartError
@@ -37,7 +38,7 @@ from afd_server.transport.connect import connect
 from afd_server.transport.direct import DirectLink
 from afd_server.transport.inproc import InprocListener
 from afd_server.transport.listener import SocketListener
-from afd_server.types import GenerationRequest, RequestOutput, SamplingParams, WorkerState
+from afd_server.types import GenerationRequest, RequestOutput, SamplingParams, WorkerState, WorkerTrace
 
 NOT_HERE = "the workers of --executor local are threads of one process: they are neither scaled nor restarted (use --executor ray)"
 
@@ -48,6 +49,7 @@ class LocalWorkers:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._started_at = time.monotonic()
+        self._recording = Recording()
         self.ffn: list[FFNServer] = []
         self.attention: list[AttentionReplica] = []
         self.clients: list[LocalReplicaClient] = []
@@ -127,6 +129,13 @@ class LocalWorkers:
 
     async def restart(self) -> None:
         raise CannotScaleError(NOT_HERE)
+
+    async def trace(self, seconds: float) -> list[WorkerTrace]:
+        """See OperatedWorkers.trace."""
+        workers: list[AttentionReplica | FFNServer] = [*self.attention, *self.ffn]
+        return await self._recording.run(
+            [local_recorded(worker.name, worker.recorder) for worker in workers], seconds
+        )
 
     def health(self) -> list[str]:
         """One sentence for each worker whose thread has ended."""

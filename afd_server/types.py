@@ -237,6 +237,38 @@ class WorkerState:
 
 
 @dataclass(frozen=True, slots=True)
+class HopSpan:
+    """A stretch of time in a worker's life, began_s to ended_s, spent for one layer of one micro-batch of a step.
+
+    name, in an attention worker: "attention" (computing a layer's part), "bubble" (its thread waits for an answer),
+    "sampling" (the LM head and the choice of tokens: no layer, -1), and beside its thread, one for each FFN worker that is
+    asked: "call" (from handing it over to its answer), in it "wire out" and "wire back".
+    In an FFN worker: "queue" (the call is there, the worker at something else) and "ffn" (computing it).
+    peer: the worker that the call goes to, or comes from. rows: of the call, tokens; 0 where there is none.
+    Seconds of a monotonic clock, of the front-end where spans of several workers stand beside one another.
+    """
+
+    name: str
+    began_s: float
+    ended_s: float
+    step: int
+    layer: int
+    micro_batch: int
+    peer: str = ""
+    rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTrace:
+    """Every hop of one worker in a window of time, by when it began. num_missing: of spans that there was no room for."""
+
+    worker: str
+    role: str
+    spans: tuple[HopSpan, ...]
+    num_missing: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaUpdate:
     """One message from an attention replica to its router: all that a step changed, in one go."""
 

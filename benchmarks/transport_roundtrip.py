@@ -32,12 +32,15 @@ from torch import Tensor
 
 from afd_server.attention.dispatch import GroupLayout
 from afd_server.attention.ffn_group import FFNGroup
+from afd_server.attention.hop_notes import HopNotes
 from afd_server.ffn.worker import FFNWorker
+from afd_server.kernels.call_account import CallAccount
 from afd_server.kernels.experts import PackedExperts
 from afd_server.kernels.hop import KernelFFN, LayerLoop
 from afd_server.kernels.layer import AttentionKernel, AttentionNumbers, Routing
 from afd_server.kernels.matmul import PackedMatrix
 from afd_server.models.ffn_call import FFNCall
+from afd_server.telemetry.layer_totals import LayerTotals
 from afd_server.transport.base import Endpoint, LinkShape
 from afd_server.transport.connect import connect
 from afd_server.transport.listener import SocketListener
@@ -88,13 +91,17 @@ def serve() -> None:
 def echo_worker(secret: bytes, kernels: Sequence[KernelFFN | None] = ()) -> tuple[FFNWorker, SocketListener]:
     listener = SocketListener("ffn-0", "here", secret)
     half: Any = Echo()
-    return FFNWorker("ffn-0", half, listener, kernels=kernels), listener
+    return FFNWorker(
+        "ffn-0", half, listener, account=CallAccount(2, range(NUM_EXPERTS)), kernels=kernels
+    ), listener
 
 
 def group_to(endpoint: Endpoint, transport: str, secret: bytes) -> FFNGroup:
     connector = partial(connect, endpoint, SHAPE, 0, secret, transport)
     layout = GroupLayout(1, 1, NUM_EXPERTS)
-    return FFNGroup({0: connector}, layout, replica=0, dtype=torch.float32, timeout_s=DEADLINE_S)
+    return FFNGroup(
+        {0: connector}, layout, replica=0, dtype=torch.float32, timeout_s=DEADLINE_S, hops=HopNotes(2)
+    )
 
 
 def call_of(rows: int) -> FFNCall:
@@ -118,7 +125,7 @@ def long_hop(group: FFNGroup, rows: int) -> Hop:
 
 def hop_without_python(group: FFNGroup, rows: int) -> Hop:
     """The time between a call and its answer in the loop in C++, less the FFN's own; rows of as many requests."""
-    loop = LayerLoop([small_layer()])
+    loop = LayerLoop([small_layer()], LayerTotals(1))
     x_TH, angles = torch.randn(rows, HIDDEN_SIZE), torch.ones(rows, HEAD_DIM // 2)
     blocks = torch.arange(rows, dtype=torch.int32)
     batch = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from afd_server.text.chat_template import ChatTemplate
-from afd_server.types import GenerationRequest, RequestOutput, WorkerState
+from afd_server.types import GenerationRequest, RequestOutput, WorkerState, WorkerTrace
 
 # Room for a body's fields, its batch of prompts or its messages, and more of it for the tokens of a longer context.
 BODY_BYTES = 4 * 2**20
@@ -54,6 +54,14 @@ class OperatedWorkers(Protocol):
 
     async def restart(self) -> None:
         """Returns when every worker runs in a new process. Raises RequestError or WorkerError."""
+
+    async def trace(self, seconds: float) -> list[WorkerTrace]:
+        """Records every hop of every worker for so long, and gives it, on this process's monotonic clock.
+
+        What a worker that dies meanwhile, or does not answer, would have said is missing. Raises RequestError where too many
+        record at once.
+        """
+        ...
 
 
 class Service(Protocol):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from afd_server.attention.dispatch import GroupLayout, Part, divide, summed
 from afd_server.attention.group_timing import GroupTiming
+from afd_server.attention.hop_notes import HopNotes
 from afd_server.attention.preference import by_preference
 from afd_server.errors import (
     WorkerDiedError,
@@ -49,7 +50,8 @@ Connector = Callable[[float], Link]  # timeout in seconds -> a fresh link; raise
 
 @dataclass(slots=True)
 class _Flight:
-    """A call under way: its tag, its parts by shard, when it was to leave, and how long handing it over took.
+    """A call under way: its tag, its parts by shard, when it was to leave, how long handing it over took, and
+    when it left, as far as this side can know.
 
     holders: the worker that each part was sent to last. failures: of workers that could not compute it.
     """
@@ -59,8 +61,16 @@ class _Flight:
     parts: dict[int, Part]
     sent_at: float
     sending_s: float = 0.0
+    left_at: float = 0.0
     holders: dict[int, int] = field(default_factory=dict)
     failures: list[WorkerFailedError] = field(default_factory=list)
+
+    def leave(self) -> float:
+        """It is handed over; gives the time. A device computes on meanwhile: handing over waits for it."""
+        now = time.monotonic()
+        self.sending_s = now - self.sent_at
+        self.left_at = now if self.call.x.is_cuda else self.sent_at
+        return now
 
 
 @dataclass(slots=True)
@@ -78,7 +88,7 @@ class FFNGroup:
 
     Used by one thread, the engine's; `replace`, `retire` and `give_up` may come from any other. So what they change (_peers, _choices)
     is never changed in place: a new object takes its place. unplaced: what the cluster lacks for FFN workers that have no
-    place, by index; set from any thread. progressed_at: when the last answer came, monotonic seconds.
+    place, by index; set from any thread. progressed_at: when the last answer came, monotonic seconds. hops: what is noted of each.
     """
 
     def __init__(
@@ -89,7 +99,9 @@ class FFNGroup:
         replica: int,
         dtype: torch.dtype,
         timeout_s: float,
+        hops: HopNotes,
     ) -> None:
+        self.hops = hops
         self._layout = layout
         self._replica = replica
         self._dtype = dtype
@@ -110,6 +122,7 @@ class FFNGroup:
     def begin_step(self, step: int) -> None:
         """Calls from now on belong to `step`; whatever a failed step left under way is forgotten."""
         self._step, self.timing = step, GroupTiming()
+        self.hops.computing_since = time.monotonic()
         self._flights.clear()
         if self._retired:
             self._forget_retired()
@@ -126,15 +139,20 @@ class FFNGroup:
         flight = self._flights[micro_batch] = _Flight(tag, call, parts, sent_at)
         for shard in parts:
             self._send_part(flight, shard, sent_at + self._timeout_s)
-        flight.sending_s = time.monotonic() - sent_at
+        now = flight.leave()
+        self.hops.computed(tag, len(call.x), flight.left_at, now)
 
     def receive(self, micro_batch: int) -> Tensor:
         """The sum of all shards' partial results, [T, H] in the model's dtype; valid until the next `send`."""
         flight = self._flights.pop(micro_batch)
         deadline = flight.sent_at + self._timeout_s
-        waiting_since = time.monotonic()
-        answers = {shard: self._receive_part(flight, shard, deadline) for shard in flight.parts}
-        received_at = self.progressed_at = time.monotonic()
+        waiting_since = since = time.monotonic()
+        answers: dict[int, Answer] = {}
+        for shard in flight.parts:
+            answer = answers[shard] = self._receive_part(flight, shard, deadline)
+            moments = (flight.left_at, since, since := time.monotonic())
+            self.hops.answered(flight.tag, flight.holders[shard], answer, moments)
+        received_at = self.progressed_at = self.hops.computing_since = since
         waited_s = flight.sending_s + received_at - waiting_since
         self.timing.note(answers.values(), received_at - flight.sent_at, waited_s)
         return summed(flight.call, flight.parts, answers, self._dtype)
@@ -166,6 +184,7 @@ class FFNGroup:
         peer.link.end_run(tag, rows, run.sent, run.torn)
         peer.calls.clear()
         self.timing.note_run(run)
+        self.hops.ran(tag, index, run, rows)
         if run.answered:
             self.progressed_at = run.answered_at
         if run.late:

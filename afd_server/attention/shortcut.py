@@ -32,7 +32,7 @@ class Shortcut:
         """kernels: those of all layers, in their order."""
         self._sides = half.sides
         self._routed = [kernel.top_k > 0 for kernel in kernels]
-        self._loop = LayerLoop(kernels)
+        self._loop = LayerLoop(kernels, ffn_group.hops.layers)
         self._group = ffn_group
         self.waiting_s = 0.0
 

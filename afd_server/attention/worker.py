@@ -82,7 +82,7 @@ class AttentionWorker:
         shortcut = self._shortcut if len(plan.micro_batches) == 1 else None
         self._last, self._batches, self._sampling_s = self._batches, {}, 0.0
         passes = [
-            self._pass(micro_batch, requests, shortcut)
+            self._pass(plan.step, micro_batch, requests, shortcut)
             for micro_batch, requests in enumerate(plan.micro_batches)
         ]
         run = run_pipeline(passes, self._ffn_group, num_hops=self._half.spec.num_layers)
@@ -106,7 +106,7 @@ class AttentionWorker:
         )
 
     def _pass(
-        self, micro_batch: int, requests: Sequence[ScheduledRequest], shortcut: Shortcut | None
+        self, step: int, micro_batch: int, requests: Sequence[ScheduledRequest], shortcut: Shortcut | None
     ) -> Generator[FFNCall, Tensor, list[SampledToken]]:
         """One micro-batch from its plan to its tokens. It begins and ends while the others' calls are away."""
         logits_NV = yield from self._forward(micro_batch, requests, shortcut)
@@ -114,15 +114,20 @@ class AttentionWorker:
         sampled = [request.request_id for request in requests if request.samples]
         tokens = self._sampler.sample(sampled, logits_NV) if sampled else []
         self._sampling_s += time.perf_counter() - started_at
+        self._ffn_group.hops.sampled(step, micro_batch, len(sampled))
         return tokens
 
     def _forward(
         self, micro_batch: int, requests: Sequence[ScheduledRequest], shortcut: Shortcut | None
     ) -> Generator[FFNCall, Tensor, Tensor]:
         """The pass of one micro-batch: see AttentionHalf.forward."""
+        hops = self._ffn_group.hops
         if self._graphs is not None and self._graphs.take(requests):
+            hops.computing_since = time.monotonic()
             return self._graphs.forward(micro_batch, requests)
-        return self._half.forward(self._batch(requests), self._cache, shortcut)
+        batch = self._batch(requests)
+        hops.computing_since = time.monotonic()  # of the first layer, not of the batch's tensors
+        return self._half.forward(batch, self._cache, shortcut)
 
     def _batch(self, requests: Sequence[ScheduledRequest]) -> AttentionBatch:
         name = requests[0].request_id

@@ -30,6 +30,7 @@ from afd_server.cluster.names import attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.errors import ServingError, StartError
 from afd_server.telemetry.logs import configure_logging
+from afd_server.types import HopSpan
 
 if TYPE_CHECKING:
     from afd_server.cluster.hosting import AttentionHost, FFNHost, Loaded
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# load, use_ffn, heartbeat, describe, sentinel and stop may overlap.
-ACTOR_THREADS = 6
+# load, use_ffn, heartbeat, describe, sentinel, stop and what is asked of its hops may overlap.
+ACTOR_THREADS = 7
 # Between two looks whether the worker's own thread lives.
 THREAD_POLL_S = 0.5
 # How long the calls to an FFN worker that is to leave may take. Past it they are sent again elsewhere.
@@ -115,6 +116,20 @@ class WorkerActor:
         self._heard_at = time.monotonic()
         host = self._host
         return Pulse(self._process, _node(), os.getpid(), host.worker.stalled_s() if host is not None else 0.0)
+
+    def clock(self) -> float:
+        """This process's monotonic seconds, for whoever brings them together with his own."""
+        return time.monotonic()
+
+    def begin_recording(self, seconds: float) -> int | None:
+        """Its hops are recorded from now on, for so long. Gives a number for `end_recording`; None without a worker."""
+        host = self._host
+        return host.worker.recorder.begin(seconds) if host is not None else None
+
+    def end_recording(self, number: int) -> tuple[list[HopSpan], int]:
+        """See HopRecorder.end."""
+        host = self._host
+        return host.worker.recorder.end(number) if host is not None else ([], 0)
 
     def sentinel(self) -> str:
         """Fails with the process. Returns, with the reason, when the worker's thread has ended by itself: the process is

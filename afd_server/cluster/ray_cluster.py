@@ -38,6 +38,7 @@ from afd_server.cluster.placement import (
     was_given_back,
     why_unplaced,
 )
+from afd_server.cluster.recording import Recording
 from afd_server.cluster.rescale import Rescaler
 from afd_server.cluster.restarts import Restarts
 from afd_server.cluster.supervisor import Supervisor
@@ -49,7 +50,7 @@ from afd_server.errors import RayLostError, StartError, UnavailableError
 from afd_server.router.router import Router
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.control import ControlClient
-from afd_server.types import WorkerState
+from afd_server.types import WorkerState, WorkerTrace
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class RayCluster:
             raise
         self._crew = found or new_crew(config)
         self._supervisor = Supervisor(config, self, self._crew.ffn_version)
+        self._recording = Recording()
         self._rescaler: Rescaler | None = None  # as soon as the workers are ready
 
     def start(self, cancelled: threading.Event) -> Started:
@@ -269,6 +271,11 @@ class RayCluster:
     async def restart(self) -> None:
         """See Rescaler."""
         await self._opened().restart()
+
+    async def trace(self, seconds: float) -> list[WorkerTrace]:
+        """See OperatedWorkers.trace."""
+        members = [member for member in self._supervisor.all_members() if member.down_since is None]
+        return await self._recording.run([member.recorded() for member in members], seconds)
 
     def _opened(self) -> Rescaler:
         if self._rescaler is None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ray.exceptions import RayError, RayTaskError
 
 from afd_server.cluster.actors import Pulse
+from afd_server.cluster.recording import Recorded
 from afd_server.cluster.restarts import Restarts
 from afd_server.cluster.workers import WorkerInfo
 from afd_server.config import ServeConfig
@@ -113,6 +114,13 @@ class Member:
             self.endpoint.node if self.endpoint else None, self.info.pid if self.info else None, self.started,
             (self.unplaced or self.reason) if down else "",
         )  # fmt: skip
+
+    def recorded(self) -> Recorded:
+        """As its hops are recorded."""
+        actor = self.actor
+        return Recorded(
+            self.name, self.role, actor.clock.remote, actor.begin_recording.remote, actor.end_recording.remote
+        )
 
     def problem(self, now: float) -> str:
         """What is wrong with it, since when and why, in a sentence; empty while it serves."""

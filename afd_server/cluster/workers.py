@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from afd_server.attention.ffn_group import Connector, FFNGroup
+from afd_server.attention.hop_notes import HopNotes
 from afd_server.attention.worker import AttentionWorker
 from afd_server.cluster.layout import (
     ffn_shard,
@@ -46,10 +47,11 @@ from afd_server.models.attention_graphs import AttentionGraphs
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half
 from afd_server.models.families import read_model_spec
 from afd_server.models.ffn_graphs import FFNGraphs
-from afd_server.models.ffn_layer_cpu import kernel_ffn
+from afd_server.models.ffn_layer_cpu import call_account, kernel_ffn
 from afd_server.models.graphs import CUDACapture
 from afd_server.models.halves import AttentionHalf
 from afd_server.models.spec import ModelSpec
+from afd_server.telemetry.hop_recorder import HopRecorder
 from afd_server.transport.base import Listener
 from afd_server.types import ReplicaUpdate
 
@@ -114,7 +116,12 @@ class FFNServer:
             half if capture is None else FFNGraphs(half, capture, max_rows=config.max_num_batched_tokens)
         )
         self._worker = FFNWorker(
-            self.name, computed_by, listener, kernels=kernels, end_at_failure=config.executor == "ray"
+            self.name,
+            computed_by,
+            listener,
+            account=call_account(half.layers),
+            kernels=kernels,
+            end_at_failure=config.executor == "ray",
         )
         self._thread = threading.Thread(target=self._worker.serve, name=self.name, daemon=True)
         self._thread.start()
@@ -129,6 +136,11 @@ class FFNServer:
     def failure(self) -> str:
         """Why calls are served no more, where an error is to blame."""
         return self._worker.failure
+
+    @property
+    def recorder(self) -> HopRecorder:
+        """Of its hops."""
+        return self._worker.recorder
 
     def share_host(self, config: ServeConfig) -> None:
         """The numbers of workers are those of `config` now. Callable from any thread."""
@@ -177,6 +189,7 @@ class AttentionReplica:
             replica=index,
             dtype=computing.activation_dtype,
             timeout_s=config.ffn_timeout,
+            hops=HopNotes(spec.num_layers),
         )
         try:
             # Before the cache is sized: links between GPU workers take memory of this one's GPU.
@@ -210,6 +223,11 @@ class AttentionReplica:
         )
         logger.info("%s: %.1f MB of weights and %d KV tokens on %s in %.1f s", self.name, self.info.weight_bytes / 1e6,
                     self.info.kv_cache_tokens, device.type, time.perf_counter() - started)  # fmt: skip
+
+    @property
+    def recorder(self) -> HopRecorder:
+        """Of its hops."""
+        return self._ffn_group.hops.recorder
 
     def replace_ffn(self, index: int, connector: Connector) -> None:
         """FFN worker `index` is new or was restarted, and is reached this way now. Callable from any thread."""

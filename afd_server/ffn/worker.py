@@ -16,11 +16,14 @@ from torch import Tensor
 
 from afd_server.errors import ServingError
 from afd_server.ffn.merging import next_batch
+from afd_server.kernels.call_account import CallAccount
 from afd_server.kernels.hop import KernelFFN
 from afd_server.models.ffn_call import FFNCall
 from afd_server.models.ffn_graphs import FFNGraphs
 from afd_server.models.halves import FFNHalf
+from afd_server.telemetry.hop_recorder import HopRecorder
 from afd_server.transport.base import IncomingCall, Listener
+from afd_server.types import HopSpan
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class FFNWorker:
     Python in between, where the listener can, one after the other.
     end_at_failure: whether a call that cannot be computed ends `serve`, after its caller has been told the reason. That
     is right where the worker is started afresh: what broke once (a device, memory) rarely mends itself.
+    account: of what is computed, by layer and expert; recorder: of each call, while somebody records.
     threads: how many of the processor's it uses, soon after it is set by any thread; None: as torch is set.
     failure: the first such reason. progressed_at: when the thread last began to wait or to compute, monotonic seconds.
     """
@@ -45,6 +49,7 @@ class FFNWorker:
         half: FFNHalf | FFNGraphs,
         listener: Listener,
         *,
+        account: CallAccount,
         kernels: Sequence[KernelFFN | None] = (),
         end_at_failure: bool = False,
     ) -> None:
@@ -52,6 +57,8 @@ class FFNWorker:
         self.threads: int | None = None
         self.failure = ""
         self.progressed_at = time.monotonic()
+        self.account = account
+        self.recorder = HopRecorder()
         self._end_at_failure = end_at_failure
         self._half = half
         self._listener = listener
@@ -76,8 +83,14 @@ class FFNWorker:
         self.progressed_at = time.monotonic()
         if self.threads is not None and self.threads != torch.get_num_threads():
             torch.set_num_threads(self.threads)  # counts for the thread that calls it
-        if self._kernels and not self._waiting and self._listener.serve_usual_calls(self._kernels, timeout_s):
+        if (
+            self._kernels
+            and not self._waiting
+            and self._listener.serve_usual_calls(self._kernels, self.account, timeout_s)
+        ):
             self.progressed_at = time.monotonic()
+            if self.recorder.windows:
+                self._record_usual_calls()
             timeout_s = 0.0
         # With calls in hand, only look at what came meanwhile; without, sleep until something comes.
         self._waiting += self._listener.wait(0.0 if self._waiting else timeout_s)
@@ -93,7 +106,7 @@ class FFNWorker:
         self._stopping.set()
 
     def _answer(self, batch: Sequence[IncomingCall]) -> None:
-        started = time.perf_counter()
+        began = time.monotonic()
         try:
             self._compute(batch)
         except (
@@ -111,10 +124,24 @@ class FFNWorker:
             self.failure = self.failure or problem
             self._reply(batch[0], 0, 0, problem)
             return
-        ffn_us = round((time.perf_counter() - started) * 1e6)
-        batch_rows = sum([len(incoming.call.x) for incoming in batch])
+        ended = time.monotonic()
+        rows = [len(incoming.call.x) for incoming in batch]
         for incoming in batch:
-            self._reply(incoming, ffn_us, batch_rows)
+            self._reply(incoming, round((ended - began) * 1e6), sum(rows))
+        self.account.totals.note(batch[0].tag.layer, ended - began, sum(rows))
+        if self.recorder.windows:
+            for incoming, own_rows in zip(batch, rows, strict=True):
+                tag = incoming.tag
+                at = (tag.step, tag.layer, tag.micro_batch, f"attention-{tag.replica}", own_rows)
+                self.recorder.note(HopSpan("queue", min(incoming.arrived_at, began), began, *at))
+                self.recorder.note(HopSpan("ffn", began, ended, *at))
+
+    def _record_usual_calls(self) -> None:
+        """Of these it is not known when they came: nobody but the kernel was there."""
+        for note in self.account.notes[: self.account.num_notes]:
+            at = (note.step, note.layer, note.micro_batch, f"attention-{note.replica}", note.rows)
+            self.recorder.note(HopSpan("queue", note.began, note.began, *at))
+            self.recorder.note(HopSpan("ffn", note.began, note.ended, *at))
 
     def _reply(self, incoming: IncomingCall, ffn_us: int, batch_rows: int, problem: str | None = None) -> None:
         try:
@@ -127,11 +154,12 @@ class FFNWorker:
 
     def _compute(self, batch: Sequence[IncomingCall]) -> None:
         if len(batch) == 1:
-            self._half.forward(batch[0].call, out=batch[0].answer_buffer())
+            call = self._counted(batch[0].call)
+            self._half.forward(call, out=batch[0].answer_buffer())
             batch[0].finish()
             return
         # Each call is routed by itself, where that is done here: see FFNHalf.routed.
-        y_TH = self._half.forward(merge([self._half.routed(incoming.call) for incoming in batch]))
+        y_TH = self._half.forward(merge([self._counted(incoming.call) for incoming in batch]))
         start = 0
         for incoming in batch:
             rows = len(incoming.call.x)
@@ -139,6 +167,13 @@ class FFNWorker:
             start += rows
         for incoming in batch:
             incoming.finish()
+
+    def _counted(self, call: FFNCall) -> FFNCall:
+        """The call with its experts named, which are counted."""
+        call = self._half.routed(call)
+        if call.topk_ids is not None:
+            self.account.count(call.layer, call.topk_ids)
+        return call
 
 
 def merge(calls: Sequence[FFNCall]) -> FFNCall:

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from afd_server.kernels.attention import cache_layout
+from afd_server.kernels.call_account import MAX_NOTES, CallAccount
 from afd_server.kernels.experts import PackedExperts
 from afd_server.kernels.layer import AttentionKernel
 from afd_server.kernels.library import library
 from afd_server.kernels.matmul import FORMAT_CODES
+from afd_server.telemetry.layer_totals import LayerTotals
 
 FRAME_BYTES = 60
 _Frame = ctypes.c_char * FRAME_BYTES
@@ -54,7 +56,14 @@ class _Run(ctypes.Structure):
         *((name, LONG) for name in ("num_layers", "call_bytes", "routed_bytes")), ("patience_s", DOUBLE),
         *((name, LONG) for name in ("answered", "sent", "torn", "late")),
         *((name, DOUBLE) for name in ("computing_s", "waiting_s", "ffn_s", "wire_s", "answered_at")), ("ffn_rows", LONG),
+        ("times", POINTER), ("totals", POINTER),
     )  # fmt: skip
+
+
+class HopTimes(ctypes.Structure):
+    """Of a layer in a run, monotonic seconds."""
+
+    _fields_ = (("began", DOUBLE), ("computed", DOUBLE), ("received", DOUBLE))
 
 
 class _FFNLayer(ctypes.Structure):
@@ -76,13 +85,15 @@ class _Service(ctypes.Structure):
         ("layers", POINTER), ("links", POINTER),
         *((name, LONG) for name in ("num_layers", "num_links", "hidden", "num_slots", "threads", "epoll")),
         ("wire", POINTER), ("unsent", LONG), ("to", LONG), ("answer", _Frame),
+        ("notes", POINTER), ("max_notes", LONG), ("num_notes", LONG), ("totals", POINTER), ("expert_tokens", POINTER),
+        ("num_experts", LONG),
     )  # fmt: skip
 
 
 class LayerRun(NamedTuple):
     """How far a run came: layers answered, calls that left (one more where the last was not answered), whether the last of
     them left in part, whether nothing came within its time, and the seconds and rows that all took; see types.StepTiming.
-    answered_at: monotonic seconds."""
+    answered_at: monotonic seconds. times: of the layers answered, until the next run."""
 
     answered: int
     sent: int
@@ -94,13 +105,18 @@ class LayerRun(NamedTuple):
     wire_s: float
     answered_at: float
     ffn_rows: int
+    times: ctypes.Array[HopTimes]
 
 
 class LayerLoop:
-    """All layers of an attention worker, which must be kernels of grouped-query attention."""
+    """All layers of an attention worker, which must be kernels of grouped-query attention. Adds to their totals."""
 
-    def __init__(self, kernels: Sequence[AttentionKernel], instruction_set: str | None = None) -> None:
+    def __init__(
+        self, kernels: Sequence[AttentionKernel], totals: LayerTotals, instruction_set: str | None = None
+    ) -> None:
         self._kernels = kernels
+        self._totals = totals
+        self._times = (HopTimes * len(kernels))()
         self._layers = (POINTER * len(kernels))(*(kernel.address for kernel in kernels))
         self._run = library(instruction_set).afd_run_layers
 
@@ -119,6 +135,7 @@ class LayerLoop:
         run = _Run(
             place.socket, ctypes.addressof(frame), ctypes.addressof(self._layers), ctypes.addressof(entries),
             len(caches), place.call_bytes, place.routed_bytes, patience_s,
+            times=ctypes.addressof(self._times), totals=self._totals.address,
         )  # fmt: skip
         cache = caches[0]
         self._run(
@@ -130,7 +147,7 @@ class LayerLoop:
         )  # fmt: skip
         return LayerRun(
             run.answered, run.sent, bool(run.torn), bool(run.late), run.computing_s, run.waiting_s, run.ffn_s, run.wire_s,
-            run.answered_at, run.ffn_rows,
+            run.answered_at, run.ffn_rows, self._times,
         )  # fmt: skip
 
 
@@ -167,10 +184,13 @@ class CallLoop:
         layers: Sequence[KernelFFN | None],
         num_slots: int,
         wire: bytes,
+        account: CallAccount,
         instruction_set: str | None = None,
     ) -> None:
-        """wire: any frame of a link in float32."""
+        """wire: any frame of a link in float32. account: which it adds to."""
+        assert len(account.totals) >= len(layers)
         self._held = layers
+        self._account = account
         self.hidden_size = next(layer.experts.down.n for layer in layers if layer is not None)
         self._layers = (_FFNLayer * len(layers))(*(_ffn_layer(layer) for layer in layers))
         self._links: Sequence[LinkPlace] = ()
@@ -178,6 +198,8 @@ class CallLoop:
         self._wire = _Frame.from_buffer_copy(wire)
         self._service = _Service(
             ctypes.addressof(self._layers), None, len(layers), 0, self.hidden_size, num_slots, 0, -1, ctypes.addressof(self._wire),
+            notes=ctypes.addressof(account.notes), max_notes=MAX_NOTES, totals=account.totals.address,
+            expert_tokens=account.expert_tokens.ctypes.data, num_experts=account.expert_tokens.shape[1],
         )  # fmt: skip
         self._serve = library(instruction_set).afd_serve_calls
 
@@ -196,8 +218,9 @@ class CallLoop:
         Gives the socket and the rest of an answer that did not leave whole, else None.
         """
         service = self._service
-        service.threads, service.unsent = torch.get_num_threads(), 0
+        service.threads, service.unsent, service.num_notes = torch.get_num_threads(), 0, 0
         self._serve(ctypes.addressof(service), time.monotonic() + timeout_s)
+        self._account.num_notes = service.num_notes
         if not service.unsent:
             return None
         frame = ctypes.string_at(ctypes.addressof(service) + _Service.answer.offset, FRAME_BYTES)

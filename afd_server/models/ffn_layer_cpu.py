@@ -5,6 +5,9 @@ What lives here: which layers are that. What does not: the layers themselves (ff
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from afd_server.kernels.call_account import CallAccount
 from afd_server.kernels.hop import KernelFFN
 from afd_server.models.ffn_dense import DenseFFN
 from afd_server.models.ffn_moe import MoEFFN
@@ -19,3 +22,10 @@ def kernel_ffn(layer: DenseFFN | MoEFFN) -> KernelFFN | None:
     if layer.shared is not None or layer.router is not None or not isinstance(held, KernelExperts):
         return None
     return KernelFFN(held.experts, held.first_expert, held.num_experts, routed=True)
+
+
+def call_account(layers: Sequence[DenseFFN | MoEFFN]) -> CallAccount:
+    """For a worker's calls to these layers. The experts that it holds are the same ones in each."""
+    held = {layer.held for layer in layers if isinstance(layer, MoEFFN)}
+    assert len(held) <= 1, held
+    return CallAccount(len(layers), held.pop() if held else range(0))

@@ -31,7 +31,7 @@ class MoEFFN:
         capturable: bool = False,
     ) -> None:
         self.experts = experts
-        self._held = held
+        self.held = held
         self.shared = shared
         self.router = router
         self._capturable = capturable
@@ -60,7 +60,7 @@ class MoEFFN:
     def _add_shared(self, y_TH: Tensor, x_TH: Tensor, topk_ids: Tensor, shared: GatedMLP) -> None:
         """A row's shared expert is computed where its first expert is: by one shard, which is sent the row anyway."""
         first_T = topk_ids[:, 0]
-        own_T = (first_T >= self._held.start) & (first_T < self._held.stop)
+        own_T = (first_T >= self.held.start) & (first_T < self.held.stop)
         if self._capturable and len(x_TH) <= MAX_ROWS:
             # For every row: which ones need it the device alone knows. While they are few, what takes time is to read the
             # weights, and a shard that holds all experts has no other rows.

@@ -22,6 +22,7 @@ from afd_server.errors import ConfigError
 if TYPE_CHECKING:  # an Endpoint travels to processes that have not imported torch yet
     from torch import Tensor
 
+    from afd_server.kernels.call_account import CallAccount
     from afd_server.kernels.hop import CallPlace, KernelFFN
     from afd_server.models.ffn_call import FFNCall
 
@@ -138,13 +139,14 @@ class Link(ABC):
 class IncomingCall(ABC):
     """A call at the FFN worker, from arrival to answer. Answered at most once, on the listener's thread.
 
-    call: views of the link's slot, in host memory unless both ends share a GPU's. Valid until the answer, or
+    arrived_at: when it was read, monotonic seconds. call: views of the link's slot, in host memory unless both ends share a GPU's. Valid until the answer, or
     until its sender sends the micro-batch again: then the numbers may change under way, but what is computed from them
     reaches nobody, and expert ids stay expert ids of that sender.
     """
 
     tag: CallTag
     call: FFNCall
+    arrived_at: float
 
     @abstractmethod
     def answer_buffer(self) -> Tensor:
@@ -177,10 +179,12 @@ class Listener(ABC):
         Connects, drops and writes on the side. No peer, whatever it sends or does not, makes it raise or wait longer.
         """
 
-    def serve_usual_calls(self, layers: Sequence[KernelFFN | None], timeout_s: float) -> bool:
+    def serve_usual_calls(
+        self, layers: Sequence[KernelFFN | None], account: CallAccount, timeout_s: float
+    ) -> bool:
         """Serves calls by kernels alone for a time; returns early for whatever `wait` is needed for. Whether it could.
 
-        layers: the same in every call; some are not None.
+        layers: the same in every call; some are not None. account: the same in every call; they are noted there.
         """
         return False
 

@@ -142,7 +142,7 @@ class _InprocCall(IncomingCall):
         self.call = call
         self._sequence = sequence
         self._connection = connection
-        self._arrived_at = time.monotonic()
+        self.arrived_at = time.monotonic()
         self._buffer: Tensor | None = None
         self._answered = False
 
@@ -176,7 +176,7 @@ class _InprocCall(IncomingCall):
             raise WorkerDiedError(
                 f"attention-{self.tag.replica}", _CLOSED, layer=self.tag.layer, step=self.tag.step
             )
-        queue_us = max(0, round((time.monotonic() - self._arrived_at) * 1e6) - ffn_us)
+        queue_us = max(0, round((time.monotonic() - self.arrived_at) * 1e6) - ffn_us)
         self._connection.replies.put(
             _Reply(self._sequence, self.tag.micro_batch, ffn_us, queue_us, batch_rows, problem)
         )

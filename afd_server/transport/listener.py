@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
+from afd_server.kernels.call_account import CallAccount
 from afd_server.kernels.hop import CallLoop, KernelFFN
 from afd_server.transport.base import NUM_SLOTS, CallTag, Endpoint, IncomingCall, Listener
 from afd_server.transport.frames import FrameError, Header, Kind
@@ -98,12 +99,14 @@ class SocketListener(Listener):
                 # A call read first may have been sent again by what was read after it.
                 return [call for call in calls if call.wanted]
 
-    def serve_usual_calls(self, layers: Sequence[KernelFFN | None], timeout_s: float) -> bool:
+    def serve_usual_calls(
+        self, layers: Sequence[KernelFFN | None], account: CallAccount, timeout_s: float
+    ) -> bool:
         links = [*self._links.values()]
         if not links or self._candidates or not all(link.is_idle for link in links):
             return False
         if self._loop is None:
-            self._loop = CallLoop(layers, NUM_SLOTS, _SAMPLE_FRAME)
+            self._loop = CallLoop(layers, NUM_SLOTS, _SAMPLE_FRAME, account)
         if self._loop_links != links:
             self._loop_links = links
             places = [link.place(self._loop.hidden_size) for link in links]

@@ -247,7 +247,7 @@ class ServedCall(IncomingCall):
         self.call = call
         self._link = link
         self._header = header
-        self._arrived_at = time.monotonic()
+        self.arrived_at = time.monotonic()
         self._buffer: Tensor | None = None
         self._finished = False
         self._answered = False
@@ -273,7 +273,7 @@ class ServedCall(IncomingCall):
 
     def answer(self, ffn_us: int, batch_rows: int) -> None:
         self.finish()
-        queue_us = max(0, round((time.monotonic() - self._arrived_at) * 1e6) - ffn_us)
+        queue_us = max(0, round((time.monotonic() - self.arrived_at) * 1e6) - ffn_us)
         payload_bytes = self._link.answer_bytes_per_row * self._header.rows
         self._reply(Kind.ANSWER, payload_bytes, b"", ffn_us, queue_us, batch_rows)
 

@@ -61,7 +61,20 @@ inline long give(int socket, const Frame& frame) {
     return sent < 0 ? 0 : long(sent);
 }
 
+// Sums of a layer since the worker was loaded; telemetry/layer_totals.py has the same fields.
+struct LayerTotal {
+    double seconds;
+    long batches, rows;
+
+    void add(double more_s, long more_rows) { seconds += more_s, batches++, rows += more_rows; }
+};
+
 // --- the attention side ---------------------------------------------------------------------------------------------------------
+
+// When a layer's computing began and ended, and when its answer came.
+struct HopTimes {
+    double began, computed, received;
+};
 
 // A micro-batch on its way through the layers. first: the first call's frame. call_bytes: of a row, without and with experts.
 // normed, ids, weights, answer: the link's slot. kernels/hop.py has the same fields.
@@ -77,6 +90,9 @@ struct Run {
     long answered, sent, torn, late;
     double computing_s, waiting_s, ffn_s, wire_s, answered_at;
     long ffn_rows;
+    // By layer, of those that were answered.
+    HopTimes* times;
+    LayerTotal* totals;
 };
 
 // compute(layer, answer of the layer before or null): the attention side of a layer, into the slot.
@@ -114,6 +130,8 @@ void run_layers(Run& run, long rows, const float* answer, long hidden, const Com
         run.wire_s += std::max(0.0, received - computed - at_worker_s);
         run.ffn_rows += got.batch_rows;
         run.answered_at = received;
+        run.times[layer] = {started, computed, received};
+        run.totals[layer].add(computed - started, rows);
         run.answered++;
         frame.sequence++;
     }
@@ -136,7 +154,16 @@ struct ServedLink {
     uint64_t* latest;
 };
 
-// wire: a frame with what is the same in all of them. unsent: bytes of `answer` that did not leave for links[to].
+// A call that was served.
+struct CallNote {
+    double began, ended;
+    uint64_t step;
+    uint32_t replica, layer, micro_batch, rows;
+};
+
+// wire: a frame with what is the same in all of them. unsent: bytes of `answer` that did not leave for links[to]. notes: of the calls
+// that were served, as far as there is room for them. totals, expert_tokens: by layer; of the latter, num_experts each, how often each
+// expert of the layer was chosen that is held here, by its number among them.
 struct Service {
     const FFNLayer* layers;
     const ServedLink* links;
@@ -144,7 +171,20 @@ struct Service {
     const Frame* wire;
     long unsent, to;
     Frame answer;
+    CallNote* notes;
+    long max_notes, num_notes;
+    LayerTotal* totals;
+    long* expert_tokens;
+    long num_experts;
 };
+
+inline void count_choices(Service& service, const FFNLayer& layer, long index, const int32_t* ids, long count) {
+    long* tokens = service.expert_tokens + index * service.num_experts;
+    for (long at = 0; at < count; at++) {
+        const long expert = ids[at] - layer.first_expert;
+        if (expert >= 0 && expert < std::min(layer.num_experts, service.num_experts)) tokens[expert]++;
+    }
+}
 
 inline bool is_usual(const Service& service, const ServedLink& link, const Frame& call) {
     if (call.kind != CALL || call.micro_batch >= service.num_slots || call.layer >= service.num_layers) return false;
@@ -188,10 +228,16 @@ void serve_calls(Service& service, double until, const Compute& compute) {
         Frame answer = call;
         answer.kind = ANSWER;
         answer.payload_bytes = uint64_t(call.rows) * service.hidden * sizeof(float);
-        answer.ffn_us = uint32_t((now_s() - started) * 1e6 + 0.5);
+        const double ended = now_s();
+        answer.ffn_us = uint32_t((ended - started) * 1e6 + 0.5);
         answer.queue_us = 0;
         answer.batch_rows = call.rows;
+        // Before the answer leaves: then the slot is the caller's again.
+        if (call.routed) count_choices(service, layer, call.layer, ids, long(call.rows) * link.top_k);
         const long sent = give(int(link.socket), answer);
+        service.totals[call.layer].add(ended - started, call.rows);
+        if (service.num_notes < service.max_notes)
+            service.notes[service.num_notes++] = {started, ended, call.step, call.replica, call.layer, call.micro_batch, call.rows};
         if (sent < long(sizeof answer)) {
             service.answer = answer, service.unsent = long(sizeof answer) - sent, service.to = index;
             return;

@@ -11,9 +11,11 @@ import torch
 
 from afd_server.attention.dispatch import GroupLayout
 from afd_server.attention.ffn_group import FFNGroup
+from afd_server.attention.hop_notes import HopNotes
 from afd_server.config import SPARSE_DISPATCH_FROM
 from afd_server.errors import WorkerDiedError, WorkerFailedError, WorkerGivenUpError, WorkerTimeoutError
 from afd_server.ffn.worker import FFNWorker
+from afd_server.kernels.call_account import CallAccount
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import LinkShape
 from afd_server.transport.connect import connect
@@ -21,6 +23,7 @@ from afd_server.transport.inproc import InprocListener
 from afd_server.transport.listener import SocketListener
 
 HIDDEN, EXPERTS, TOP_K, ROWS = 8, 16, 3, 12
+LAYERS = 64
 SHAPE = LinkShape(max_rows=64, hidden_size=HIDDEN, top_k=TOP_K, wire_dtype="float32")
 
 
@@ -58,7 +61,9 @@ class Workers:
 
     def start(self, index):
         self.listeners[index] = InprocListener(f"ffn-{index}")
-        self.workers[index] = FFNWorker(f"ffn-{index}", self.halves[index], self.listeners[index])
+        self.workers[index] = FFNWorker(
+            f"ffn-{index}", self.halves[index], self.listeners[index], account=CallAccount(LAYERS)
+        )
         self.threads[index] = threading.Thread(target=self.workers[index].serve, daemon=True)
         self.threads[index].start()
 
@@ -72,7 +77,9 @@ class Workers:
 
     def group(self, timeout_s=10.0):
         connectors = {index: self.connector(index) for index in range(len(self.workers))}
-        group = FFNGroup(connectors, self.layout, replica=0, dtype=torch.float32, timeout_s=timeout_s)
+        group = FFNGroup(
+            connectors, self.layout, replica=0, dtype=torch.float32, timeout_s=timeout_s, hops=HopNotes(LAYERS)
+        )
         group.begin_step(1)
         return group
 
@@ -257,7 +264,7 @@ def test_an_exception_in_the_only_worker_sends_the_call_to_it_again_after_its_re
     def run_worker():
         for _ in range(2):
             listeners.append(SocketListener("ffn-0", "node", secret, host="127.0.0.1"))
-            worker = FFNWorker("ffn-0", half, listeners[-1], end_at_failure=True)
+            worker = FFNWorker("ffn-0", half, listeners[-1], account=CallAccount(LAYERS), end_at_failure=True)
             group.replace(
                 0, lambda timeout_s: connect(listeners[-1].endpoint, SHAPE, 0, secret, "shm", timeout_s)
             )
@@ -270,7 +277,14 @@ def test_an_exception_in_the_only_worker_sends_the_call_to_it_again_after_its_re
         raise WorkerDiedError("ffn-0", "not yet")
 
     workers, started = [], threading.Event()
-    group = FFNGroup({0: not_yet}, GroupLayout(1, 1, EXPERTS), replica=0, dtype=torch.float32, timeout_s=20.0)
+    group = FFNGroup(
+        {0: not_yet},
+        GroupLayout(1, 1, EXPERTS),
+        replica=0,
+        dtype=torch.float32,
+        timeout_s=20.0,
+        hops=HopNotes(LAYERS),
+    )
     group.begin_step(1)
     thread = threading.Thread(target=run_worker, daemon=True)
     thread.start()
@@ -401,7 +415,9 @@ def test_nobody_there_at_start_is_an_error():
     def refuse(timeout_s):
         raise WorkerDiedError("ffn-0", "cannot be reached: connection refused")
 
-    group = FFNGroup({0: refuse}, GroupLayout(1, 1, 0), replica=0, dtype=torch.float32, timeout_s=0.1)
+    group = FFNGroup(
+        {0: refuse}, GroupLayout(1, 1, 0), replica=0, dtype=torch.float32, timeout_s=0.1, hops=HopNotes(LAYERS)
+    )
     with pytest.raises(WorkerDiedError, match="refused"):
         group.connect()
 
@@ -409,7 +425,7 @@ def test_nobody_there_at_start_is_an_error():
 def test_a_new_replica_takes_part_and_an_old_one_leaves_between_two_calls(start_workers):
     workers = start_workers(replicas=2, ep=2)
     group = FFNGroup({0: workers.connector(0, 1), 1: workers.connector(1, 1)}, workers.layout, replica=1,
-                     dtype=torch.float32, timeout_s=10.0)  # fmt: skip
+                     dtype=torch.float32, timeout_s=10.0, hops=HopNotes(LAYERS))  # fmt: skip
     group.connect()
 
     def one_step(step):

@@ -8,13 +8,14 @@ import torch
 
 from afd_server.attention.dispatch import GroupLayout
 from afd_server.attention.ffn_group import FFNGroup
+from afd_server.attention.hop_notes import HopNotes
 from afd_server.attention.shortcut import shortcut_for
 from afd_server.errors import WorkerTimeoutError
 from afd_server.ffn.worker import FFNWorker
 from afd_server.models.batch import AttentionBatch
 from afd_server.models.checkpoint import load_attention_half, load_ffn_half, operations_for
 from afd_server.models.families import read_model_spec
-from afd_server.models.ffn_layer_cpu import kernel_ffn
+from afd_server.models.ffn_layer_cpu import call_account, kernel_ffn
 from afd_server.models.halves import FFNShard
 from afd_server.pipeline import run_pipeline
 from afd_server.transport.base import LinkShape
@@ -78,6 +79,7 @@ class Machine:
             replica=0,
             dtype=torch.float32,
             timeout_s=timeout_s,
+            hops=HopNotes(self.spec.num_layers),
         )
         self.group.connect()
         shape = (NUM_BLOCKS, BLOCK_SIZE, *self.spec.attention.cache_entry_shape)
@@ -86,7 +88,14 @@ class Machine:
 
     def start_worker(self):
         listener = SocketListener("ffn-0", "here", SECRET)
-        worker = FFNWorker("ffn-0", self.half, listener, kernels=self.kernels, end_at_failure=True)
+        worker = FFNWorker(
+            "ffn-0",
+            self.half,
+            listener,
+            account=call_account(self.half.half.layers),
+            kernels=self.kernels,
+            end_at_failure=True,
+        )
         thread = threading.Thread(target=self.serve, args=(worker,), daemon=True)
         self.workers.append((worker, thread, listener))
         thread.start()

@@ -5,6 +5,7 @@ import torch
 
 from afd_server.attention.dispatch import GroupLayout
 from afd_server.attention.ffn_group import FFNGroup
+from afd_server.attention.hop_notes import HopNotes
 from afd_server.attention.worker import AttentionWorker
 from afd_server.engine.engine import Engine
 from afd_server.engine.micro_batches import MicroBatchChooser
@@ -39,7 +40,7 @@ class Machine:
         self.group = FFNGroup(
             {0: lambda timeout_s: DirectLink("ffn-0", ffn.forward)},
             GroupLayout(1, 1, max(getattr(layer, "num_experts", 0) for layer in spec.ffn)),
-            replica=0, dtype=torch.float32, timeout_s=DEADLINE_S,
+            replica=0, dtype=torch.float32, timeout_s=DEADLINE_S, hops=HopNotes(spec.num_layers),
         )  # fmt: skip
         self.group.connect()
         shape = (NUM_BLOCKS, config.block_size, *spec.attention.cache_entry_shape)

@@ -9,11 +9,12 @@ import torch
 from afd_server.errors import WorkerDiedError, WorkerFailedError
 from afd_server.ffn.merging import next_batch
 from afd_server.ffn.worker import FFNWorker, merge
+from afd_server.kernels.call_account import CallAccount
 from afd_server.models.ffn_call import FFNCall
 from afd_server.transport.base import CallTag, LinkShape
 from afd_server.transport.inproc import InprocListener, _InprocCall
 
-HIDDEN = 4
+HIDDEN, LAYERS = 4, 8
 SHAPE = LinkShape(max_rows=8, hidden_size=HIDDEN, top_k=2, wire_dtype="float32")
 
 
@@ -43,7 +44,7 @@ def test_calls_that_wait_together_for_a_layer_are_one_batch():
     layers = [5, 7, 5]
     for replica, (link, layer) in enumerate(zip(links, layers, strict=True)):
         link.send(CallTag(replica, 1, layer, 0), routed_call(layer, rows=replica + 1, value=replica + 1))
-    worker = FFNWorker("ffn-0", half, listener)  # all three wait before it starts
+    worker = FFNWorker("ffn-0", half, listener, account=CallAccount(LAYERS))  # all three wait before it starts
     thread = threading.Thread(target=worker.serve, daemon=True)
     thread.start()
     answers = [link.receive(CallTag(r, 1, layers[r], 0), 10.0) for r, link in enumerate(links)]
@@ -64,7 +65,7 @@ def test_the_number_of_threads_may_change_while_it_serves():
             return super().forward(call, out)
 
     listener, threads = InprocListener("ffn-0"), []
-    worker = FFNWorker("ffn-0", Counts(), listener)
+    worker = FFNWorker("ffn-0", Counts(), listener, account=CallAccount(LAYERS))
     link = listener.connect(SHAPE, 0)
     thread = threading.Thread(target=worker.serve, daemon=True)
     worker.threads = 3
@@ -99,7 +100,7 @@ def test_calls_are_routed_one_by_one_before_they_are_merged():
     tags = [CallTag(replica, 1, 5, 0) for replica in range(2)]
     for rows, (link, tag) in enumerate(zip(links, tags, strict=True), start=1):
         link.send(tag, FFNCall(5, torch.ones(rows, HIDDEN)))
-    worker = FFNWorker("ffn-0", half, listener)
+    worker = FFNWorker("ffn-0", half, listener, account=CallAccount(LAYERS))
     thread = threading.Thread(target=worker.serve, daemon=True)
     thread.start()
     for link, tag in zip(links, tags, strict=True):
@@ -121,7 +122,7 @@ def test_one_bad_call_does_not_fail_those_that_were_merged_with_it():
     tags = [CallTag(replica, 1, 5, 0) for replica in range(2)]
     for link, tag, value in zip(links, tags, (2, 13), strict=True):
         link.send(tag, routed_call(5, rows=1, value=value))
-    worker = FFNWorker("ffn-0", Picky(), listener)
+    worker = FFNWorker("ffn-0", Picky(), listener, account=CallAccount(LAYERS))
     thread = threading.Thread(target=worker.serve, daemon=True)
     thread.start()
     assert torch.equal(links[0].receive(tags[0], 10.0).y, torch.full((1, HIDDEN), 10.0))
@@ -139,7 +140,7 @@ def test_a_worker_that_is_to_be_restarted_tells_the_reason_and_ends():
     listener, tag = InprocListener("ffn-0"), CallTag(0, 1, 5, 0)
     link = listener.connect(SHAPE, 0)
     link.send(tag, routed_call(5, rows=1, value=1))
-    worker = FFNWorker("ffn-0", Broken(), listener, end_at_failure=True)
+    worker = FFNWorker("ffn-0", Broken(), listener, account=CallAccount(LAYERS), end_at_failure=True)
     thread = threading.Thread(target=worker.serve, daemon=True)
     thread.start()
     with pytest.raises(WorkerFailedError, match="ValueError: the device is gone"):
@@ -161,7 +162,7 @@ def test_how_long_it_has_been_at_one_batch():
     working, release = threading.Event(), threading.Event()
     listener, tag = InprocListener("ffn-0"), CallTag(0, 1, 5, 0)
     link = listener.connect(SHAPE, 0)
-    worker = FFNWorker("ffn-0", Slow(), listener)
+    worker = FFNWorker("ffn-0", Slow(), listener, account=CallAccount(LAYERS))
     with torch.inference_mode():
         assert not worker.serve_once(0.0)
     idle_at = worker.progressed_at
@@ -206,7 +207,7 @@ def test_a_device_that_fails_while_its_work_is_waited_for_is_a_failure_to_comput
 
     listener = InprocListener("ffn-0")
     link, tag = listener.connect(SHAPE, 0), CallTag(0, 1, 5, 0)
-    worker = FFNWorker("ffn-0", LayerTimesX(), listener, end_at_failure=True)
+    worker = FFNWorker("ffn-0", LayerTimesX(), listener, account=CallAccount(LAYERS), end_at_failure=True)
     link.send(tag, routed_call(5, rows=1, value=1))
     monkeypatch.setattr(_InprocCall, "finish", fail)
     worker.serve()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from afd_server.errors import WorkerDiedError
+from afd_server.kernels.call_account import CallAccount
 from afd_server.kernels.experts import PackedExperts, run_experts
 from afd_server.kernels.hop import KernelFFN
 from afd_server.models.ffn_call import FFNCall
@@ -32,6 +33,11 @@ def layers(experts):
 
 
 @pytest.fixture
+def account():
+    return CallAccount(3, range(EXPERTS))
+
+
+@pytest.fixture
 def wiring():
     with wired("shm") as built:
         yield built
@@ -45,12 +51,14 @@ def call(layer, rows=3):
     return FFNCall(layer, x, ids, weights) if layer else FFNCall(layer, x, None, None)
 
 
-def test_usual_calls_are_answered_without_the_listener_handing_them_on(wiring: Wiring, layers, experts):
+def test_usual_calls_are_answered_without_the_listener_handing_them_on(
+    wiring: Wiring, layers, experts, account
+):
     link = wiring.link()
     for layer, rows, micro_batch in ((1, 3, 0), (0, 8, 3), (1, 1, 0)):
         asked, tag = call(layer, rows), CallTag(0, 1, layer, micro_batch)
         link.send(tag, asked)
-        assert wiring.listener.serve_usual_calls(layers, 0.05)
+        assert wiring.listener.serve_usual_calls(layers, account, 0.05)
         answer = link.receive(tag, DEADLINE_S)
         ids = asked.topk_ids if layer else torch.zeros(rows, 1, dtype=torch.int32)
         weights = asked.topk_weights if layer else torch.ones(rows, 1)
@@ -60,26 +68,28 @@ def test_usual_calls_are_answered_without_the_listener_handing_them_on(wiring: W
     assert wiring.listener.wait(0.0) == []
 
 
-def test_a_layer_without_a_kernel_is_left_for_the_long_way(wiring: Wiring, layers):
+def test_a_layer_without_a_kernel_is_left_for_the_long_way(wiring: Wiring, layers, account):
     link = wiring.link()
     link.send(CallTag(0, 1, 2, 0), call(2))
-    assert wiring.listener.serve_usual_calls(layers, 5.0)
+    assert wiring.listener.serve_usual_calls(layers, account, 5.0)
     assert [incoming.tag.layer for incoming in wiring.listener.wait(0.0)] == [2]
 
 
-def test_two_calls_at_once_are_left_for_the_long_way_which_may_compute_them_together(wiring: Wiring, layers):
+def test_two_calls_at_once_are_left_for_the_long_way_which_may_compute_them_together(
+    wiring: Wiring, layers, account
+):
     links = [wiring.link(), wiring.link(replica=1)]
     for replica, link in enumerate(links):
         link.send(CallTag(replica, 1, 1, 0), call(1))
-    assert wiring.listener.serve_usual_calls(layers, 5.0)
+    assert wiring.listener.serve_usual_calls(layers, account, 5.0)
     assert {incoming.tag.replica for incoming in wiring.listener.wait(0.0)} == {0, 1}
 
 
-def test_links_of_another_shape_are_left_for_the_long_way(wiring: Wiring, layers):
+def test_links_of_another_shape_are_left_for_the_long_way(wiring: Wiring, layers, account):
     other = LinkShape(8, HIDDEN, SHAPE.top_k, "bfloat16")
     link = wiring.link(other)
     link.send(CallTag(0, 1, 1, 0), call(1))
-    assert wiring.listener.serve_usual_calls(layers, 5.0)
+    assert wiring.listener.serve_usual_calls(layers, account, 5.0)
     assert len(wiring.listener.wait(0.0)) == 1
 
 
@@ -106,28 +116,28 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_nonsense_is_not_served_and_ends_its_link_alone(wiring: Wiring, layers, wrong):
+def test_nonsense_is_not_served_and_ends_its_link_alone(wiring: Wiring, layers, wrong, account):
     link, other = wiring.link(), wiring.link(replica=1)
     link._socket.send(WRONG[wrong]())
-    assert wiring.listener.serve_usual_calls(layers, 5.0)
+    assert wiring.listener.serve_usual_calls(layers, account, 5.0)
     assert wiring.listener.wait(0.0) == []
     link._sent[0] = Header.unpack(frame(tag=TAG._replace(micro_batch=0)))
     with pytest.raises(WorkerDiedError):
         link.receive(TAG._replace(micro_batch=0), DEADLINE_S)
     other.send(CallTag(1, 1, 1, 0), call(1))
-    assert wiring.listener.serve_usual_calls(layers, 0.05)
+    assert wiring.listener.serve_usual_calls(layers, account, 0.05)
     assert other.receive(CallTag(1, 1, 1, 0), DEADLINE_S).batch_rows == 3
 
 
-def test_half_a_frame_is_waited_for_the_long_way(wiring: Wiring, layers):
+def test_half_a_frame_is_waited_for_the_long_way(wiring: Wiring, layers, account):
     link = wiring.link()
     link._socket.send(frame()[:20])
-    assert wiring.listener.serve_usual_calls(layers, 5.0)
+    assert wiring.listener.serve_usual_calls(layers, account, 5.0)
     assert wiring.listener.wait(0.0) == []
     link._socket.send(frame()[20:])
-    assert not wiring.listener.serve_usual_calls(layers, 5.0)
+    assert not wiring.listener.serve_usual_calls(layers, account, 5.0)
     assert len(wiring.listener.wait(1.0)) == 1
 
 
-def test_without_links_there_is_nothing_to_do(wiring: Wiring, layers):
-    assert not wiring.listener.serve_usual_calls(layers, 5.0)
+def test_without_links_there_is_nothing_to_do(wiring: Wiring, layers, account):
+    assert not wiring.listener.serve_usual_calls(layers, account, 5.0)
