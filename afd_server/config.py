@@ -64,6 +64,11 @@ class ServeConfig:
         f"{API_KEY_VARIABLE} in the environment does the same, unseen by `ps`",
         secret=True,
     )
+    max_logprobs: int = option(
+        20,
+        "api",
+        "the most likely tokens that a request may have reported at each place; -1: the whole vocabulary",
+    )
     client_timeout: float = option(
         60.0, "api", "seconds that a client may take to send a request, or let its answer lie unread"
     )
@@ -178,6 +183,8 @@ class ServeConfig:
         for name in ("shutdown_timeout", "max_queue_len", "max_restarts"):
             if getattr(self, name) < 0:
                 raise ConfigError(flag(name), "is negative")
+        if self.max_logprobs < -1:
+            raise ConfigError("--max-logprobs", f"{self.max_logprobs} is no number of tokens", "-1 for all")
         if self.ttft_sla_ms is not None and self.tpot_sla_ms is None:
             raise ConfigError("--ttft-sla-ms", "is kept by what --tpot-sla-ms predicts", "give both")
         if self.micro_batches != "auto" and self.micro_batches not in map(str, range(1, MAX_MICRO_BATCHES + 1)):

@@ -163,6 +163,7 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         model_name=config.served_model_name,
         max_model_len=config.max_model_len,
         vocab_size=spec.vocab_size,
+        max_logprobs=spec.vocab_size if config.max_logprobs == -1 else config.max_logprobs,
         chat_template=ChatTemplate.load(config.model, tokenizer.special_tokens),
         api_key=config.api_key,
         version=__version__,

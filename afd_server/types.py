@@ -27,6 +27,8 @@ class SamplingParams:
         function of (seed, i) alone, so a request can move between steps, batches and replicas.
     top_k: 0 keeps the whole vocabulary.
     logprobs: None reports none; k reports the chosen token and the k most likely ones.
+    prompt_logprobs: the same for the prompt's tokens, from the second on. With max_tokens 0 that is all there is to do.
+    allowed_token_ids: None allows all. bad_words: sequences of tokens; none of them is completed in the output.
     stop_token_ids: end the request as eos does. `ignore_eos` touches the model's eos only, `min_tokens` holds back both.
     """
 
@@ -41,6 +43,9 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
@@ -52,6 +57,7 @@ class GenerationRequest:
 
     resumed_output_token_ids: output that another replica produced before it died. It counts as output everywhere
     (positions of random numbers, max_tokens, min_tokens, penalties) and is not sent again.
+    resumed_prompt_logprobs: how many of the prompt's log-probabilities came from there. They are not sent again either.
     priority: where requests queue, the lower value goes first. vLLM's name and meaning.
     tenant: who asks, for fairness between them: the identity of an API key and never the key; "" without one.
     """
@@ -60,19 +66,22 @@ class GenerationRequest:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     resumed_output_token_ids: tuple[int, ...] = ()
+    resumed_prompt_logprobs: int = 0
     priority: int = 0
     tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities at one output position, before temperature and truncation.
+    """Natural-log probabilities at one position, before temperature and truncation.
 
-    top: the `SamplingParams.logprobs` most likely (token id, logprob), most likely first.
+    top: the most likely (token id, logprob), as many as the request asked for, most likely first. rank: the token's place
+    among all, 1 for the most likely one; of prompt tokens only.
     """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,8 @@ class RequestOutput:
     stop_token_id: the token that ended the request when finish_reason is STOP. It is the last of token_ids.
     cached_tokens: prompt tokens that were found in the prefix cache; set on the first output.
     error: the sentence to show when finish_reason is ERROR.
+    prompt_logprobs: of prompt tokens, in their order from the second on, when the request asked for them: those that the
+        step came to. All have come before the first new token, or with it.
     """
 
     request_id: str
@@ -92,6 +103,20 @@ class RequestOutput:
     stop_token_id: int | None = None
     cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReport:
+    """Prompt tokens whose log-probabilities a step reports.
+
+    token_ids: the prompt's tokens, each after one of the request's tokens in the step; the first of them after the one in
+    place `first`. num_top: how many of the most likely tokens are reported with each.
+    """
+
+    first: int
+    token_ids: tuple[int, ...]
+    num_top: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +126,7 @@ class ScheduledRequest:
     start_position: how many of its tokens are in the KV cache already; token_ids follow them.
     block_table: the request's KV blocks in order, enough for start_position + len(token_ids) tokens.
     samples: whether the last of token_ids is the last known token, so that the step yields the next one.
+    report: of the prompt, where the request asked for one.
     """
 
     request_id: str
@@ -108,6 +134,12 @@ class ScheduledRequest:
     token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
     samples: bool
+    report: PromptReport | None = None
+
+    @property
+    def num_logits(self) -> int:
+        """Rows for which the next token's distribution is computed."""
+        return self.samples + (0 if self.report is None else len(self.report.token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +181,14 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """What a PromptReport asked for: an entry for each of its tokens."""
+
+    request_id: str
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepTiming:
     """Where the time of one step went, in seconds, summed over its hops (one hop = one layer of one micro-batch).
 
@@ -182,6 +222,7 @@ class StepOutput:
     step: int
     tokens: tuple[SampledToken, ...]
     timing: StepTiming
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

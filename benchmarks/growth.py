@@ -129,7 +129,7 @@ class Halves:
             try:
                 call = forward_pass.send(answer)  # type: ignore[arg-type]  # a generator starts with None
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                return self._attention.logits(end.value)
             chosen.append(call.topk_ids)
             answer = self._ffn.forward(call)
 

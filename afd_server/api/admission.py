@@ -25,6 +25,11 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may u
 MAX_CHOICES_IN_ALL = 2048
 # Every choice carries its prompt to the worker: many long ones would fill the channel that all requests share.
 MAX_PROMPT_TOKENS_IN_ALL = 2**20
+# The log-probabilities of prompts in an answer, and of a choice that wants more than a few of them at each token: they are
+# objects in several processes, and the answer's text.
+MAX_PROMPT_LOGPROBS_IN_ALL = 2**20
+MAX_LOGPROBS_OF_CHOICE = 2**20
+FEW_LOGPROBS = 20
 # From this many characters on, texts are encoded on another thread, so that the streams of others go on.
 LONG_TEXT = 20_000
 
@@ -70,8 +75,6 @@ class Admission:
         self._check_model(body.model)
         if body.best_of is not None and body.best_of != body.n:
             raise RequestError("best_of is not served beyond n", "best_of")
-        if body.echo and body.logprobs is not None:
-            raise RequestError("logprobs of the prompt are not served: leave out logprobs or echo", "logprobs")
         if len(body.prompt) * body.n > MAX_CHOICES_IN_ALL:
             raise RequestError(f"prompt: more than {MAX_CHOICES_IN_ALL} choices in all", "prompt")
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
@@ -80,12 +83,13 @@ class Admission:
             Prompt(tuple(prompt)) if isinstance(prompt, list) else Prompt(tuple(next(encoded)), prompt)
             for prompt in body.prompt
         ]
-        return self._job("cmpl", body, tenant, prompts, "prompt", body.logprobs, COMPLETION_MAX_TOKENS)
+        num_logprobs = self._num_logprobs(body.logprobs, "logprobs")
+        return self._job("cmpl", body, tenant, prompts, "prompt", num_logprobs, COMPLETION_MAX_TOKENS)
 
     async def admit_chat(self, body: ChatCompletionRequest, tenant: str = "") -> Job:
         """tenant: who asks, see GenerationRequest. Raises RequestError, also for a model without a chat template."""
         self._check_model(body.model)
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         if body.continue_final_message and body.add_generation_prompt:
             if "add_generation_prompt" in body.model_fields_set:
@@ -108,13 +112,25 @@ class Admission:
         )
         (token_ids,) = await self._encode([text], body.add_special_tokens, "messages")
         prompt = Prompt(tuple(token_ids), text)
-        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
         return self._job("chatcmpl", body, tenant, [prompt], "messages", num_logprobs, None)
 
     def _check_model(self, name: str | None) -> None:
         served = self._settings.model_name
         if name is not None and name != served:
             raise ModelNotFoundError(f"the model {name!r} is not served here; {served!r} is", "model")
+
+    def _num_logprobs(self, asked: int | None, field: str) -> int | None:
+        """How many are reported at each place besides the token's own; None for no report."""
+        if asked is None:
+            return None
+        most = self._settings.max_logprobs
+        number = self._settings.vocab_size if asked == -1 else asked
+        if number > most:
+            raise RequestError(
+                f"{field}: {number} are asked for, at most {most} are given (--max-logprobs)", field
+            )
+        return number
 
     async def _encode(self, texts: Sequence[str], add_special_tokens: bool, field: str) -> list[list[int]]:
         try:
@@ -141,9 +157,16 @@ class Admission:
             raise RequestError("stream_options needs stream to be true", "stream_options")
         if body.priority and not self._settings.priorities:
             raise RequestError("priority: requests do not queue here, see --tpot-sla-ms", "priority")
+        if body.stream and body.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs: are not given in a stream", "prompt_logprobs")
         response_id = f"{kind}-{body.request_id or secrets.token_hex(16)}"
         prompts = [self._fitted(prompt, body, prompt_field) for prompt in prompts]
         self._check_all_together(prompts, body.n, prompt_field)
+        num_prompt_logprobs = self._num_logprobs(body.prompt_logprobs, "prompt_logprobs")
+        if getattr(body, "echo", False) and num_logprobs is not None:
+            num_prompt_logprobs = max(num_logprobs, num_prompt_logprobs or 0)
+        self._check_report(prompts, body.n, num_prompt_logprobs)
+        bad_words = self._bad_words(body.bad_words or ())
         choices = []
         for prompt_index, prompt in enumerate(prompts):
             room = self._settings.max_model_len - len(prompt.token_ids)
@@ -152,7 +175,7 @@ class Admission:
                 index = prompt_index * body.n + number
                 # The suffix keeps ids apart that a client uses twice.
                 name = f"{response_id}-{index}-{secrets.token_hex(4)}"
-                sampling = self._sampling(body, limit, number, num_logprobs)
+                sampling = self._sampling(body, limit, number, num_logprobs, num_prompt_logprobs, bad_words)
                 request = GenerationRequest(
                     name, prompt.token_ids, sampling, priority=body.priority, tenant=tenant
                 )
@@ -191,6 +214,18 @@ class Admission:
                 prompt_field,
             )
 
+    def _check_report(self, prompts: Sequence[Prompt], n: int, num_logprobs: int | None) -> None:
+        """num_logprobs: at each token of the prompts."""
+        if num_logprobs is None:
+            return
+        entries = n * (1 + num_logprobs) * sum(len(prompt.token_ids) for prompt in prompts)
+        if entries > MAX_PROMPT_LOGPROBS_IN_ALL:
+            raise RequestError(
+                f"prompt_logprobs: {entries} in all prompts of all choices, those of echo with logprobs too; at most "
+                f"{MAX_PROMPT_LOGPROBS_IN_ALL}, ask for fewer or send several requests",
+                "prompt_logprobs",
+            )
+
     def _max_tokens(self, body: GenerationFields, default: int | None, room: int) -> int:
         """How long an output may get. room: what the prompt leaves of the context."""
         field, given = body.output_limit
@@ -208,11 +243,25 @@ class Admission:
         return int(min(limit for limit in limits if limit is not None))
 
     def _sampling(
-        self, body: GenerationFields, max_tokens: int, number: int, num_logprobs: int | None
+        self,
+        body: GenerationFields,
+        max_tokens: int,
+        number: int,
+        num_logprobs: int | None,
+        num_prompt_logprobs: int | None,
+        bad_words: tuple[tuple[int, ...], ...],
     ) -> SamplingParams:
         """number: the choice's place among those of its prompt; each draws from a seed of its own."""
         if body.min_tokens > max_tokens:
             raise RequestError(f"min_tokens: is above max_tokens, {max_tokens}", "min_tokens")
+        if num_logprobs is not None and num_logprobs > FEW_LOGPROBS:
+            entries = num_logprobs * max_tokens
+            if entries > MAX_LOGPROBS_OF_CHOICE:
+                raise RequestError(
+                    f"logprobs: {entries} of {max_tokens} tokens; at most {MAX_LOGPROBS_OF_CHOICE} beyond "
+                    f"{FEW_LOGPROBS} of each, ask for fewer or lower max_tokens",
+                    "logprobs",
+                )
         seed = self._seeds.getrandbits(63) if body.seed is None else body.seed + number
         return SamplingParams(
             max_tokens=max_tokens,
@@ -226,7 +275,14 @@ class Admission:
             frequency_penalty=self._value(body, "frequency_penalty", 0.0),
             logit_bias=self._logit_bias(body.logit_bias or {}),
             logprobs=num_logprobs,
-            stop_token_ids=self._stop_token_ids(body.stop_token_ids or ()),
+            prompt_logprobs=num_prompt_logprobs,
+            stop_token_ids=self._token_ids(body.stop_token_ids or (), "stop_token_ids"),
+            allowed_token_ids=(
+                None
+                if body.allowed_token_ids is None
+                else self._token_ids(body.allowed_token_ids, "allowed_token_ids")
+            ),
+            bad_words=bad_words,
             min_tokens=body.min_tokens,
             ignore_eos=body.ignore_eos,
         )
@@ -235,11 +291,24 @@ class Admission:
         given = getattr(body, name)
         return self._settings.default_sampling.get(name, default) if given is None else given
 
-    def _stop_token_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+    def _token_ids(self, token_ids: Sequence[int], field: str) -> tuple[int, ...]:
         bound = self._settings.vocab_size
         if not all(0 <= token_id < bound for token_id in token_ids):
-            raise RequestError(f"stop_token_ids: token ids are 0 to {bound - 1}", "stop_token_ids")
+            raise RequestError(f"{field}: token ids are 0 to {bound - 1}", field)
         return tuple(dict.fromkeys(token_ids))
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word's tokens, as vLLM has them: at the beginning of a text, and after a space where that makes another token."""
+        sequences: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare = word.lstrip()
+            plain, spaced = (tuple(self._tokenizer.encode(text, False)) for text in (bare, f" {bare}"))
+            if not plain:
+                raise RequestError(f"bad_words: {word!r} has no token", "bad_words")
+            sequences[plain] = None
+            if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+                sequences[spaced] = None
+        return tuple(sequences)
 
     def _logit_bias(self, given: dict[str, float]) -> dict[int, float]:
         bound = self._settings.vocab_size

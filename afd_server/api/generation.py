@@ -32,7 +32,8 @@ class Piece:
 
     text may be shorter than token_ids say: what could become a stop string, or is half a character, comes later.
     finish_reason: "stop" or "length" in the last piece. stop_reason: the stop string or the id of stop_token_ids.
-    logprobs: one entry for each of token_ids if they were asked for.
+    logprobs: one entry for each of token_ids if they were asked for. prompt_logprobs: all of the prompt's, from its second
+    token on, in the first piece with tokens, or the last one.
     """
 
     choice: Choice
@@ -42,6 +43,7 @@ class Piece:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class OutputText:
@@ -52,6 +54,7 @@ class OutputText:
         self._body = body
         self._eos_token_id = tokenizer.eos_token_id
         self._num_tokens = 0
+        self._prompt_logprobs: list[TokenLogprobs] = []  # those that no piece has yet
         self._stop = StopStrings(body.stop, include=body.include_stop_str_in_output)
         self._detokenizer = Detokenizer(
             tokenizer,
@@ -63,6 +66,7 @@ class OutputText:
     def take(self, output: RequestOutput) -> Piece:
         """The piece that `output` makes, the last one if it ends the request or completes a stop string."""
         text, taken = "", 0
+        self._prompt_logprobs += output.prompt_logprobs
         for token_id in output.token_ids:
             taken += 1
             self._num_tokens += 1
@@ -76,6 +80,9 @@ class OutputText:
             text += self._feed(self._detokenizer.flush())
             text += self._stop.flush()
         finish_reason, stop_reason = self._reasons(output)
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if taken or finish_reason:
+            prompt_logprobs, self._prompt_logprobs = tuple(self._prompt_logprobs), []
         return Piece(
             self._choice,
             text,
@@ -84,6 +91,7 @@ class OutputText:
             finish_reason,
             stop_reason,
             output.cached_tokens,
+            prompt_logprobs,
         )
 
     def _feed(self, text: str) -> str:
@@ -132,7 +140,8 @@ async def run_choice(
     service: Service, choice: Choice, body: GenerationFields, tokenizer: Tokenizer, metrics: Metrics
 ) -> AsyncGenerator[Piece, None]:
     """All pieces of one choice. Raises ServingError when it cannot be finished."""
-    if choice.request.sampling.max_tokens == 0:  # an echo of the prompt alone
+    sampling = choice.request.sampling
+    if sampling.max_tokens == 0 and sampling.prompt_logprobs is None:  # an echo of the prompt alone
         yield Piece(choice, finish_reason=FinishReason.LENGTH.value)
         return
     output_text, clock = OutputText(choice, body, tokenizer), Clock(choice, metrics)

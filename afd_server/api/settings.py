@@ -19,6 +19,7 @@ class ApiSettings:
     """The front-end's share of a server's settings.
 
     max_model_len: prompt and output of a request, tokens. vocab_size: rows of the model's embedding, the bound of ids.
+    max_logprobs: how many of the most likely tokens may be reported at one place.
     created: when the server started, seconds since 1970. seed: from which seeds of requests without one are drawn.
     priorities: whether requests queue, so that one may go before another.
     default_sampling: request field -> value, for what a request leaves open (text.generation_defaults).
@@ -28,6 +29,7 @@ class ApiSettings:
     model_name: str
     max_model_len: int
     vocab_size: int
+    max_logprobs: int = 20
     chat_template: ChatTemplate | None = None
     api_key: str | None = None
     version: str = ""

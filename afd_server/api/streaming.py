@@ -31,6 +31,8 @@ DONE = b"data: [DONE]\n\n"
 # Characters that JSON lets stand, and at which clients cut lines that read them by str.splitlines (httpx does).
 LINE_ENDS = {end.encode(): f"\\u{ord(end):04x}".encode() for end in "\x85\u2028\u2029"}
 FAREWELL_TIMEOUT_S = 1.0
+# From so many prompt tokens on, their log-probabilities are written on another thread, so that the streams of others go on.
+MANY_LOGPROBS = 1000
 
 
 class ClientLeftError(Exception):
@@ -70,7 +72,10 @@ async def collect(pieces: AsyncGenerator[Piece, None], answer: Answer, usage: Us
         async for piece in pieces:
             usage.add(piece)
             of_choice[piece.choice.index].append(piece)
-    return answer.whole({index: joined(parts) for index, parts in of_choice.items()}, usage)
+    whole = {index: joined(parts) for index, parts in of_choice.items()}
+    if sum(len(piece.prompt_logprobs) for piece in whole.values()) > MANY_LOGPROBS:
+        return await asyncio.to_thread(answer.whole, whole, usage)
+    return answer.whole(whole, usage)
 
 
 async def events(

@@ -2,7 +2,7 @@
 
 What lives here: the sampling state of each running request, and the course from logits to tokens. What does not: how
 one of the tokens that are left is drawn (draw.py), and when a request ends (engine/scheduler.py). Each row is computed from its own request alone, so a request's tokens
-do not depend on what else is in the batch. The order of the stages is vLLM's: bias and minimum length, penalties,
+do not depend on what else is in the batch. The order of the stages is vLLM's: allowed tokens, bad words, minimum length and bias, penalties,
 temperature, min_p, top_k, top_p. Log-probabilities are of the model's own distribution, before all of these.
 
 Shapes: N rows (one per sampled request), V vocabulary entries.
@@ -10,6 +10,7 @@ Shapes: N rows (one per sampled request), V vocabulary entries.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +29,14 @@ GREEDY_TEMPERATURE = 1e-5  # below it the distribution is a point, and dividing 
 class SamplingState:
     """What must be remembered of a request between two of its tokens.
 
-    prompt_mask_V (bool) and output_counts_V are kept only when a penalty asks for them.
+    prompt_mask_V (bool) and output_counts_V are kept only when a penalty asks for them, forbidden_V (bool) where not every
+    token is allowed, and the last output tokens, as many as a bad word has before its last, where there are bad words.
     """
 
     params: SamplingParams
     num_outputs: int
+    forbidden_V: Tensor | None = None
+    last_token_ids: deque[int] | None = None
     prompt_mask_V: Tensor | None = None
     output_counts_V: Tensor | None = None
 
@@ -55,6 +59,12 @@ class Sampler:
             counts = [torch.tensor(ids, dtype=torch.int64, device=self._device).bincount(minlength=self._vocab_size)
                       for ids in (request.prompt_token_ids, request.output_token_ids)]  # fmt: skip
             state.prompt_mask_V, state.output_counts_V = counts[0] > 0, counts[1]
+        if params.allowed_token_ids is not None:
+            state.forbidden_V = torch.ones(self._vocab_size, dtype=torch.bool, device=self._device)
+            state.forbidden_V[list(params.allowed_token_ids)] = False
+        if params.bad_words:
+            longest = max(map(len, params.bad_words)) - 1
+            state.last_token_ids = deque(request.output_token_ids, maxlen=longest)
         self._states[request.request_id] = state
 
     def forget(self, request_id: str) -> None:
@@ -78,19 +88,27 @@ class Sampler:
             counts_V = states[row].output_counts_V
             if counts_V is not None:
                 counts_V[token_id] += 1
+            last_token_ids = states[row].last_token_ids
+            if last_token_ids is not None:
+                last_token_ids.append(token_id)
             tokens.append(SampledToken(request_id, token_id, _report(states[row], logprobs.get(row), token_id)))
         return tokens
 
     def _shape(self, states: list[SamplingState], logits_NV: Tensor) -> Tensor:
-        """Logits with bias, minimum length and penalties applied: rows that ask for none are left alone."""
+        """Logits with all applied that comes before the temperature: rows that ask for nothing are left alone."""
         shaped = False
         for row, state in enumerate(states):
             params = state.params
             held_back = state.num_outputs < params.min_tokens
-            if not (held_back or params.logit_bias or state.output_counts_V is not None):
+            rules = held_back or params.logit_bias or params.bad_words
+            if not rules and state.output_counts_V is None and state.forbidden_V is None:
                 continue
             if not shaped:  # the caller's logits stay as they are
                 logits_NV, shaped = logits_NV.clone(), True
+            if state.forbidden_V is not None:
+                logits_NV[row].masked_fill_(state.forbidden_V, -torch.inf)
+            if state.last_token_ids is not None:
+                logits_NV[row, _completing(params.bad_words, [*state.last_token_ids])] = -torch.inf
             if held_back:
                 logits_NV[row, [*self._eos_token_ids, *params.stop_token_ids]] = -torch.inf
             if params.logit_bias:
@@ -100,6 +118,9 @@ class Sampler:
                 )
             if state.output_counts_V is not None:
                 logits_NV[row] = _penalised(state, logits_NV[row])
+            if state.forbidden_V is not None and logits_NV[row].max() == -torch.inf:
+                # The other rules leave nothing of what is allowed: they yield.
+                logits_NV[row].masked_fill_(~state.forbidden_V, 0.0)
         return logits_NV
 
     def _choose(self, states: list[SamplingState], logits_NV: Tensor) -> list[int]:
@@ -129,6 +150,16 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
+
+
+def _completing(bad_words: Sequence[Sequence[int]], last_token_ids: list[int]) -> list[int]:
+    """The tokens that would complete one of the words."""
+    known = len(last_token_ids)
+    return [
+        last
+        for *before, last in bad_words
+        if len(before) <= known and last_token_ids[known - len(before) :] == before
+    ]
 
 
 def _penalised(state: SamplingState, logits_V: Tensor) -> Tensor:

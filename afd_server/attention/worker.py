@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from afd_server.attention.ffn_group import FFNGroup
+from afd_server.attention.prompt_logprobs import prompt_logprobs
 from afd_server.attention.sampler import Sampler
 from afd_server.attention.shortcut import Shortcut, shortcut_for
 from afd_server.models.attention_graphs import AttentionGraphs
@@ -23,6 +24,7 @@ from afd_server.models.ffn_call import FFNCall
 from afd_server.models.halves import AttentionHalf
 from afd_server.pipeline import run_pipeline
 from afd_server.types import (
+    PromptLogprobs,
     SampledToken,
     SamplingParams,
     ScheduledRequest,
@@ -60,6 +62,7 @@ class AttentionWorker:
         self._last: dict[str, AttentionBatch] = {}  # the last step's batches, each by its first request
         self._batches: dict[str, AttentionBatch] = {}  # of the step under way
         self._sampling_s = 0.0  # of the step under way
+        self._prompt_logprobs: list[PromptLogprobs] = []  # of the step under way
         self._shortcut = shortcut_for(half, ffn_group)
         self._sampler = Sampler(half.spec.vocab_size, half.spec.eos_token_ids, device)
 
@@ -80,7 +83,7 @@ class AttentionWorker:
         self._ffn_group.begin_step(plan.step)
         # Micro-batches that overlap are driven from here, one hop of each in turn.
         shortcut = self._shortcut if len(plan.micro_batches) == 1 else None
-        self._last, self._batches, self._sampling_s = self._batches, {}, 0.0
+        self._last, self._batches, self._sampling_s, self._prompt_logprobs = self._batches, {}, 0.0, []
         passes = [
             self._pass(plan.step, micro_batch, requests, shortcut)
             for micro_batch, requests in enumerate(plan.micro_batches)
@@ -103,19 +106,30 @@ class AttentionWorker:
                 ffn_rows=wire.ffn_rows,
                 num_resent=wire.num_resent,
             ),
+            prompt_logprobs=tuple(self._prompt_logprobs),
         )
 
     def _pass(
         self, step: int, micro_batch: int, requests: Sequence[ScheduledRequest], shortcut: Shortcut | None
     ) -> Generator[FFNCall, Tensor, list[SampledToken]]:
         """One micro-batch from its plan to its tokens. It begins and ends while the others' calls are away."""
-        logits_NV = yield from self._forward(micro_batch, requests, shortcut)
-        started_at = time.perf_counter()
+        x_NH = yield from self._forward(micro_batch, requests, shortcut)
         sampled = [request.request_id for request in requests if request.samples]
-        tokens = self._sampler.sample(sampled, logits_NV) if sampled else []
+        logits_NV = self._half.logits(x_NH[: len(sampled)]) if sampled else None
+        started_at = time.perf_counter()
+        tokens = [] if logits_NV is None else self._sampler.sample(sampled, logits_NV)
+        self._report(requests, x_NH[len(sampled) :])
         self._sampling_s += time.perf_counter() - started_at
         self._ffn_group.hops.sampled(step, micro_batch, len(sampled))
         return tokens
+
+    def _report(self, requests: Sequence[ScheduledRequest], x_MH: Tensor) -> None:
+        """Notes what was asked for of prompts, from the rows before their tokens."""
+        for request in requests:
+            if request.report is not None:
+                rows_H, x_MH = x_MH.tensor_split([len(request.report.token_ids)])
+                logprobs = prompt_logprobs(request.report, rows_H, self._half)
+                self._prompt_logprobs.append(PromptLogprobs(request.request_id, logprobs))
 
     def _forward(
         self, micro_batch: int, requests: Sequence[ScheduledRequest], shortcut: Shortcut | None

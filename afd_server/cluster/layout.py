@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 # all workers still have to fit beside them; on a GPU the weights are loaded already and the rest is activations.
 CPU_KV_CACHE_SHARE = 0.25
 CUDA_KV_CACHE_SHARE = 0.8
+# What one step may report of the tokens that it samples, in log-probabilities: they go to the router in one message.
+MAX_STEP_LOGPROBS = 2**18
 
 
 def resolve(config: ServeConfig, spec: ModelSpec, directory: Path) -> ServeConfig:
@@ -54,6 +56,13 @@ def resolve(config: ServeConfig, spec: ModelSpec, directory: Path) -> ServeConfi
     if dtype == "float16":
         raise ConfigError(
             "--dtype", "the checkpoint's float16 is not served", "use --dtype bfloat16 or float32"
+        )
+    num_logprobs = spec.vocab_size if config.max_logprobs == -1 else config.max_logprobs
+    if num_logprobs * config.max_num_seqs > MAX_STEP_LOGPROBS:
+        raise ConfigError(
+            "--max-logprobs",
+            f"{num_logprobs} of each of {config.max_num_seqs} requests are more than the {MAX_STEP_LOGPROBS} of one step",
+            "lower it, or --max-num-seqs",
         )
     if config.profile is not None:
         profiled_times(config, spec)  # whether it is one, and of such a model

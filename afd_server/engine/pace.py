@@ -32,12 +32,17 @@ LEAST_TOKENS = 16
 SMOOTHING = 0.05
 # The price of a prompt's token is taken from no fewer of them together: over a few, a noisy model may be flat.
 LEAST_CHUNK = 64
+# What a step reports of prompts, in log-probabilities: they go to the router in one message.
+MAX_ENTRIES = 2**18
 # Steps between two forecasts.
 FORECAST_STEPS = 4
 
 
 class StepBudget:
-    """What is left of one step while it is being filled. limit_s: what the step may take; math.inf for no limit."""
+    """What is left of one step while it is being filled. limit_s: what the step may take; math.inf for no limit.
+
+    entries: what is reported with each prompt token that is read; the whole step reports MAX_ENTRIES of them, or one token's.
+    """
 
     def __init__(self, max_tokens: int, model: StepTimeModel, limit_s: float) -> None:
         self.tokens = max_tokens
@@ -45,28 +50,33 @@ class StepBudget:
         self._limit_s = limit_s
         self._work = StepWork()
         self._has_prompts = False
+        self._entries_left = MAX_ENTRIES
 
-    def take(self, start: int, tokens: int, samples: bool) -> None:
+    def take(self, start: int, tokens: int, samples: bool, entries: int = 0) -> None:
         """A request's part goes into the step."""
         self.tokens -= tokens
+        self._entries_left -= tokens * entries
         self._has_prompts |= tokens > 1
         if not math.isinf(self._limit_s):
-            self._work += StepWork.part(start, tokens, samples)
+            self._work += StepWork.part(start, tokens, tokens if entries else samples)
 
     def close(self) -> None:
         """Nothing more goes into the step: what comes later must not overtake."""
         self.tokens = 0
 
-    def fitting(self, start: int, wanted: int) -> int:
+    def fitting(self, start: int, wanted: int, entries: int = 0) -> int:
         """How many of `wanted` prompt tokens after `start` still fit. Where nobody decodes there is no hurry."""
         most = min(wanted, self.tokens)
-        if math.isinf(self._limit_s) or not self._work.tokens or self._fits(start, most, wanted):
+        if entries:
+            nothing_yet = self._entries_left == MAX_ENTRIES
+            most = min(most, max(self._entries_left // entries, int(nothing_yet)))
+        if math.isinf(self._limit_s) or not self._work.tokens or self._fits(start, most, wanted, entries):
             return most
-        fitting = largest(lambda tokens: self._fits(start, tokens, wanted), most)
+        fitting = largest(lambda tokens: self._fits(start, tokens, wanted, entries), most)
         return fitting if self._has_prompts else min(most, max(fitting, LEAST_TOKENS))
 
-    def _fits(self, start: int, tokens: int, wanted: int) -> bool:
-        work = self._work + StepWork.part(start, tokens, samples=tokens == wanted)
+    def _fits(self, start: int, tokens: int, wanted: int, entries: int) -> bool:
+        work = self._work + StepWork.part(start, tokens, tokens if entries else tokens == wanted)
         return self._model.predict_s(work) <= self._limit_s
 
 

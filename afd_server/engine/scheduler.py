@@ -37,9 +37,11 @@ from afd_server.types import (
     GenerationRequest,
     ReplicaStats,
     RequestOutput,
+    SampledToken,
     StepOutput,
     StepPlan,
     StepTiming,
+    TokenLogprobs,
 )
 
 
@@ -85,7 +87,7 @@ class Scheduler:
         return bool(self._requests)
 
     def add(self, request: GenerationRequest) -> None:
-        """Queues a request. Raises RequestError for one that can yield no token, or whose id is taken."""
+        """Queues a request. Raises RequestError for one with nothing to do, or whose id is taken."""
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id} is in use already", "request_id")
         state = RequestState.accept(request, self._max_model_len, self._num_arrivals)
@@ -138,12 +140,15 @@ class Scheduler:
         return self._under_way
 
     def complete(self, output: StepOutput) -> list[RequestOutput]:
-        """Takes in what the step gave: one output for each request that got a token, ended or not."""
+        """Takes in what the step gave: one output for each request that got something, ended or not."""
         plan = self._under_way
         assert plan is not None and output.step == plan.step, f"no step {output.step} is under way"
         sampled = {token.request_id: token for token in output.tokens}
         asked = {part.request_id for part in chain.from_iterable(plan.micro_batches) if part.samples}
         assert sampled.keys() == asked, "the worker sampled other requests than the plan asked for"
+        reports = {report.request_id: report.logprobs for report in output.prompt_logprobs}
+        wanted = {part.request_id for part in chain.from_iterable(plan.micro_batches) if part.report}
+        assert reports.keys() == wanted, "the worker reported other prompts than the plan asked for"
         self._under_way = None
         self._pace.note_tokens(self._requests[request_id] for request_id in asked)
         outputs = []
@@ -152,12 +157,21 @@ class Scheduler:
             state.num_computed += state.num_scheduled
             state.num_scheduled = 0
             self._register_full_blocks(state)
-            if part.samples:
-                outputs.append(state.append(sampled[part.request_id], self._eos_token_ids, self._max_model_len))
-                if outputs[-1].finish_reason is not None:
+            news = self._take_in(state, sampled.get(part.request_id), reports.get(part.request_id, ()))
+            if news is not None:
+                outputs.append(news)
+                if news.finish_reason is not None:
                     self._pace.note_end(state)
                     self._remove(state)
         return outputs
+
+    def _take_in(
+        self, state: RequestState, token: SampledToken | None, prompt_logprobs: tuple[TokenLogprobs, ...]
+    ) -> RequestOutput | None:
+        """What a step gave one request."""
+        if token is None:
+            return state.read(prompt_logprobs)
+        return state.append(token, self._eos_token_ids, self._max_model_len, prompt_logprobs)
 
     def fail_step(self, error: str) -> list[RequestOutput]:
         """Ends the requests of the step under way with this sentence; of all requests, when there was no plan yet.
@@ -212,7 +226,8 @@ class Scheduler:
 
     def _schedule(self, state: RequestState, num_tokens: int, budget: StepBudget) -> None:
         state.num_scheduled = num_tokens
-        budget.take(state.num_computed, num_tokens, samples=num_tokens == state.num_uncomputed)
+        ends = num_tokens == state.num_uncomputed
+        budget.take(state.num_computed, num_tokens, ends, state.reported_entries)
 
     def _make_room(self, state: RequestState) -> bool:
         """Preempts the cheapest requests until a block is free; False when `state` itself had to go.
@@ -244,7 +259,7 @@ class Scheduler:
         """What is left of prompts that are being read, oldest first. Their blocks are theirs since they were admitted."""
         for state in self._running:
             if state.num_uncomputed > 1:
-                fitting = budget.fitting(state.num_computed, state.num_uncomputed)
+                fitting = budget.fitting(state.num_computed, state.num_uncomputed, state.reported_entries)
                 self._schedule(state, fitting, budget)
                 if fitting < state.num_uncomputed:
                     budget.close()
@@ -257,8 +272,10 @@ class Scheduler:
             cached = self._find_cached(state)
             num_cached = len(cached) * self._pool.block_size
             num_uncomputed = len(state.token_ids) - num_cached
-            fitting = budget.fitting(num_cached, num_uncomputed)
-            if fitting == 0 or (fitting < num_uncomputed and not self._chunked_prefill):
+            fitting = budget.fitting(num_cached, num_uncomputed, state.reported_entries)
+            # A prompt that is reported may be cut in any case: its report has a bound of its own.
+            in_parts = self._chunked_prefill or state.reported_entries
+            if fitting == 0 or (fitting < num_uncomputed and not in_parts):
                 break
             num_new = -(-len(state.token_ids) // self._pool.block_size) - len(cached)
             if num_new + self._pool.num_free_among(cached) > self._pool.num_free:
@@ -282,7 +299,9 @@ class Scheduler:
         if not self._pool.enable_prefix_caching:
             return []
         extend_keys(state.keys, state.token_ids, self._pool.block_size)
-        return self._pool.find_prefix(state.keys, len(state.token_ids))
+        found = self._pool.find_prefix(state.keys, len(state.token_ids))
+        # What is to be reported of the prompt has to be computed.
+        return found[: state.num_reported // self._pool.block_size] if state.num_unreported else found
 
     def _count_cached(self, state: RequestState) -> None:
         """Once per request: what it finds again after a preemption is its own."""

@@ -41,7 +41,7 @@ class StepWork:
     """What a step has to do, as far as its time depends on it.
 
     tokens: rows through every layer. context_tokens: keys that requests with one token read. chunk_pairs: query-key pairs of
-    requests with several. samples: rows of logits.
+    requests with several. samples: rows of logits; there are more of them than tokens sampled where a prompt is reported.
     """
 
     tokens: float = 0
@@ -53,11 +53,11 @@ class StepWork:
     def of(cls, plan: StepPlan) -> StepWork:
         work = cls()
         for part in chain.from_iterable(plan.micro_batches):
-            work += cls.part(part.start_position, len(part.token_ids), part.samples)
+            work += cls.part(part.start_position, len(part.token_ids), part.num_logits)
         return work
 
     @classmethod
-    def part(cls, start: int, tokens: int, samples: bool) -> StepWork:
+    def part(cls, start: int, tokens: int, samples: int) -> StepWork:
         """One request's share: `tokens` tokens after `start` that are in the KV cache."""
         if tokens == 1:
             return cls(1, start + 1, 0, samples)

@@ -67,7 +67,7 @@ class AttentionGraphs:
         for index, layer in enumerate(self._graphs(micro_batch, static, padded)):
             layer()
             static.answer[:rows].copy_((yield static.call(index, rows)))
-        return self._half.end(static.x[:rows], static.answer[:rows], batch.sampled_rows.to(self._half.device))
+        return self._half.end(static.x[:rows], static.answer[:rows], batch.logit_rows.to(self._half.device))
 
     def _graphs(self, micro_batch: int, static: StaticBatch, padded: int) -> list[Captured]:
         layers = self._layers.get((micro_batch, padded))
@@ -125,7 +125,7 @@ class StaticBatch:
             row_starts=self._row_starts[: padded + 1],
             lengths=self._lengths[:padded],
             block_tables=self._block_tables[:padded],
-            sampled_rows=self._row_starts[:0],
+            logit_rows=self._row_starts[:0],
             requests=(),
             block_size=self._block_size,
         )

@@ -5,7 +5,7 @@ requests those are (engine/) and the attention over them (paged_attention.py).
 
 A row is one token of one request; the rows of a request follow one another. Requests with a single row are nearly all in
 decoding; those with several have a prompt's chunk.
-Shapes: T rows, R requests, D requests of a group, B blocks of the longest of them, N requests that sample.
+Shapes: T rows, R requests, D requests of a group, B blocks of the longest of them, N rows for which logits are wanted.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class AttentionBatch:
     """token_ids, positions, slots: [T] int64; a slot is block * block_size + offset, where a row's entry is written.
 
     Request r has the rows row_starts[r] to row_starts[r + 1] - 1, the last of its lengths[r] tokens, in the blocks
-    block_tables[r]: [R + 1], [R], [R, B], all int32 and padded with block 0. sampled_rows: [N], the last row of every
-    request that samples, in the order of the requests.
+    block_tables[r]: [R + 1], [R], [R, B], all int32 and padded with block 0. logit_rows: [N], the last row of every
+    request that samples, then the rows before the tokens of every report, each in the order of the requests.
     """
 
     token_ids: Tensor
@@ -68,7 +68,7 @@ class AttentionBatch:
     row_starts: Tensor
     lengths: Tensor
     block_tables: Tensor
-    sampled_rows: Tensor
+    logit_rows: Tensor
     requests: Sequence[ScheduledRequest]
     block_size: int
 
@@ -93,6 +93,11 @@ class AttentionBatch:
             + positions % block_size
         )
         samples = [request.samples for request in requests]
+        reported = [
+            row_start + request.report.first + np.arange(len(request.report.token_ids))
+            for row_start, request in zip(row_starts, requests, strict=False)
+            if request.report is not None
+        ]
 
         def tensor(values: np.ndarray, dtype: type) -> Tensor:
             return torch.from_numpy(values.astype(dtype, copy=False)).to(device)
@@ -106,7 +111,7 @@ class AttentionBatch:
             row_starts=tensor(row_starts, np.int32),
             lengths=tensor(lengths, np.int32),
             block_tables=tensor(tables, np.int32),
-            sampled_rows=tensor(row_starts[1:][samples] - 1, np.int64),
+            logit_rows=tensor(np.concatenate([row_starts[1:][samples] - 1, *reported]), np.int64),
             requests=requests,
             block_size=block_size,
         )
@@ -128,6 +133,8 @@ class AttentionBatch:
                 or len(now.token_ids) > 1
                 or len(before.token_ids) > 1
                 or now.samples is not before.samples
+                or now.report is not None
+                or before.report is not None
                 or now.block_table[:num_known] != before.block_table[:num_known]
                 or index == self.block_tables.shape[1]
             ):

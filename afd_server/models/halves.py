@@ -4,7 +4,7 @@ What lives here: AttentionHalf (embedding, norms, attention, router, residual st
 the MLPs and experts), and WholeModel, the numerical oracle. What does not: loading (checkpoint.py), the order in which
 passes run (pipeline.py), anything between two processes. All of it runs under `torch.inference_mode()` by its callers.
 
-Shapes: T rows of the micro-batch, H hidden, V vocabulary, N rows that sample.
+Shapes: T rows of the micro-batch, H hidden, V vocabulary, N rows for which logits are wanted.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ class AttentionHalf:
     def forward(
         self, batch: AttentionBatch, cache: Sequence[Tensor], shortcut: Shortcut | None = None
     ) -> Generator[FFNCall, Tensor, Tensor]:
-        """One pass: yields a call per layer, is resumed with its answer [T, H] (any dtype), returns logits.
+        """One pass: yields a call per layer, is resumed with its answer [T, H] (any dtype), returns what `logits` takes.
 
         cache: per layer [blocks, block_size, *cache_entry_shape]; the rows' entries are written into it. Returns
-        float32 [N, V], a row for every request that samples, in the batch's order. shortcut: makes the first calls, or all,
-        by itself: they are not yielded.
+        [N, H], the batch's logit_rows after the last layer. shortcut: makes the first calls, or all, by itself: they are
+        not yielded.
         """
         x_TH, rope = self.begin(batch.token_ids, batch.positions)
         answer_TH: Tensor | None = None
@@ -136,7 +136,7 @@ class AttentionHalf:
             call = FFNCall(index, *self._sides[index].forward(x_TH, answer_TH, batch, rope, cache[index]))
             answer_TH = (yield call).to(device=x_TH.device, dtype=x_TH.dtype)
         assert answer_TH is not None
-        return self.end(x_TH, answer_TH, batch.sampled_rows)
+        return self.end(x_TH, answer_TH, batch.logit_rows)
 
     # What lies before and after the layers.
 
@@ -145,9 +145,12 @@ class AttentionHalf:
         x_TH = self._embedding.rows(token_ids_T)
         return x_TH, self._rope.table(positions_T, x_TH.dtype)
 
-    def end(self, x_TH: Tensor, answer_TH: Tensor, sampled_rows: Tensor) -> Tensor:
-        """Float32 logits [N, V] of these rows, from the answer to the last call and the residual stream before it."""
-        x_NH = x_TH[sampled_rows] + answer_TH[sampled_rows]
+    def end(self, x_TH: Tensor, answer_TH: Tensor, rows: Tensor) -> Tensor:
+        """The residual stream's rows [N, H] as it ends, from the answer to the last call and the stream before it."""
+        return x_TH[rows] + answer_TH[rows]
+
+    def logits(self, x_NH: Tensor) -> Tensor:
+        """Float32 logits [N, V] of rows of the residual stream as it ends."""
         normed_NH = self._operations.rms_norm(x_NH, self._final_norm, self.spec.rms_norm_eps)
         return self._lm_head.forward(normed_NH).to(torch.float32)
 
@@ -218,14 +221,14 @@ class WholeModel:
         self._ffn_halves = ffn_halves
 
     def run(self, batch: AttentionBatch, cache: Sequence[Tensor]) -> Tensor:
-        """Float32 logits [N, V] of the rows that sample; see AttentionHalf.forward."""
+        """Float32 logits [N, V] of the batch's logit_rows; see AttentionHalf.forward."""
         forward_pass = self._attention.forward(batch, cache)
         answer: Tensor | None = None
         while True:
             try:
                 call = forward_pass.send(answer)  # type: ignore[arg-type]  # a generator starts with None
             except StopIteration as end:
-                return end.value
+                return self._attention.logits(end.value)
             answer = sum(half.forward(call).to(torch.float32) for half in self._ffn_halves)  # type: ignore[assignment]
 
     @torch.inference_mode()
@@ -237,7 +240,7 @@ class WholeModel:
         request = ScheduledRequest("logits", 0, tuple(token_ids), (0,), samples=True)
         batch = AttentionBatch.build([request], len(token_ids), device)
         every_row = torch.arange(len(token_ids), device=device)
-        return self.run(dataclasses.replace(batch, sampled_rows=every_row), cache)
+        return self.run(dataclasses.replace(batch, logit_rows=every_row), cache)
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -288,8 +288,8 @@ class Router:
             stream.put(output)
             if stream.has_output:
                 replica.note_output(output.request_id)
-            if self._admission is not None:
-                self._admission.note_output(stream)
+                if self._admission is not None:
+                    self._admission.note_output(stream)
             if output.finish_reason is not None:
                 replica.release(output.request_id)
                 if self._admission is not None:

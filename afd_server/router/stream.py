@@ -24,12 +24,13 @@ class Stream:
 
     Those that wait together leave as one: a reader that has fallen behind catches up at the price of a single output.
     The queue is unbounded but its content is not: each output holds at least one of the request's max_tokens tokens,
-    so a client that reads slowly costs no more memory than its own answer.
+    or of its prompt's log-probabilities, so a client that reads slowly costs no more memory than its own answer.
     """
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self._token_ids: list[int] = []
+        self._num_prompt_logprobs = 0
         self._waiting: deque[RequestOutput | ServingError] = deque()
         self._news = asyncio.Event()
         self._give_up: asyncio.TimerHandle | None = None
@@ -52,6 +53,7 @@ class Stream:
         if self.has_output and output.cached_tokens:  # the first output of the replica, not of the request
             output = dataclasses.replace(output, cached_tokens=0)
         self._token_ids += output.token_ids
+        self._num_prompt_logprobs += len(output.prompt_logprobs)
         self._wake(output)
 
     def fail(self, error: ServingError) -> None:
@@ -78,7 +80,10 @@ class Stream:
     def resumed(self) -> GenerationRequest:
         """The request for a replica that is to go on from here."""
         known = (*self.request.resumed_output_token_ids, *self._token_ids)
-        return dataclasses.replace(self.request, resumed_output_token_ids=known)
+        num_prompt_logprobs = self.request.resumed_prompt_logprobs + self._num_prompt_logprobs
+        return dataclasses.replace(
+            self.request, resumed_output_token_ids=known, resumed_prompt_logprobs=num_prompt_logprobs
+        )
 
     def give_up_after(self, timeout_s: float, reason: str) -> None:
         """Fails unless `keep_on` comes first. A deadline that runs already stays."""
@@ -106,5 +111,6 @@ def joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
         outputs[-1],
         token_ids=tuple(chain.from_iterable(output.token_ids for output in outputs)),
         logprobs=tuple(chain.from_iterable(output.logprobs for output in outputs)),
+        prompt_logprobs=tuple(chain.from_iterable(output.prompt_logprobs for output in outputs)),
         cached_tokens=sum(output.cached_tokens for output in outputs),
     )

@@ -126,7 +126,8 @@ class Metrics:
         self._e2e_request_latency.observe(total_s)
         if num_tokens > 1:
             self._time_per_output_token.observe(decode_s / (num_tokens - 1))
-        self._observe_promises({"ttft": ttft_s, "tpot": decode_s / max(1, num_tokens - 1)}, num_tokens)
+        if num_tokens:  # nothing is promised about reading a prompt alone
+            self._observe_promises({"ttft": ttft_s, "tpot": decode_s / max(1, num_tokens - 1)}, num_tokens)
 
     def _observe_promises(self, taken_s: dict[str, float], num_tokens: int) -> None:
         kept = {name: taken_s[name] <= promised_s for name, promised_s in self._sla_s.items()}

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3")
 LENGTHS = (1, 5, 19, 40)
 NUM_TOKENS = 8
-GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, logprobs=3, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, logprobs=3, prompt_logprobs=1, ignore_eos=True)
 
 LAYOUTS = {
     "1A1F": {},
@@ -76,8 +76,12 @@ def assert_same_as_transformers(directory, prompts, results, tolerance=2e-4):
         reported = [entry for output in outputs for entry in output.logprobs]
         assert len(tokens) == len(reported) == NUM_TOKENS
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
-        expected = logits.log_softmax(-1)
+            logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0]
+        of_prompt, expected = logits.log_softmax(-1).tensor_split([len(prompt) - 1])
+        read = [entry.logprob for output in outputs for entry in output.prompt_logprobs]
+        assert read == pytest.approx(
+            of_prompt.gather(1, torch.tensor(prompt)[1:, None])[:, 0].tolist(), abs=tolerance
+        )
         for position, (token_id, entry) in enumerate(zip(tokens, reported, strict=True)):
             assert entry.logprob == pytest.approx(float(expected[position, token_id]), abs=tolerance)
             assert entry.logprob == pytest.approx(float(expected[position].max()), abs=tolerance)
@@ -115,7 +119,11 @@ def test_step3_in_every_layout(checkpoints, prompts, layout):
     results = run(directory, prompts, transport="shm", micro_batches="2", **LAYOUTS[layout])
     for prompt, outputs in zip(prompts, results, strict=True):
         tokens = [token_id for output in outputs for token_id in output.token_ids]
-        expected = whole.logits(prompt + tokens[:-1])[len(prompt) - 1 :].log_softmax(-1)
+        logits = whole.logits(prompt + tokens[:-1])
+        of_prompt, expected = logits.log_softmax(-1).tensor_split([len(prompt) - 1])
+        read = [entry.logprob for output in outputs for entry in output.prompt_logprobs]
+        own = of_prompt.gather(1, torch.tensor(prompt)[1:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(read), own, atol=2e-4, rtol=0)
         reported = [entry.logprob for output in outputs for entry in output.logprobs]
         torch.testing.assert_close(torch.tensor(reported), expected.amax(-1), atol=2e-4, rtol=0)
         assert len(tokens) == NUM_TOKENS

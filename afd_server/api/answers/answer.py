@@ -58,9 +58,11 @@ def joined(pieces: Sequence[Piece]) -> Piece:
     last = pieces[-1]
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
     for piece in pieces:
         token_ids += piece.token_ids
         logprobs += piece.logprobs
+        prompt_logprobs += piece.prompt_logprobs
     text = "".join(piece.text for piece in pieces)
     cached_tokens = sum(piece.cached_tokens for piece in pieces)
     return Piece(
@@ -71,4 +73,5 @@ def joined(pieces: Sequence[Piece]) -> Piece:
         last.finish_reason,
         last.stop_reason,
         cached_tokens,
+        tuple(prompt_logprobs),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from afd_server.api.admission import Choice, Job
 from afd_server.api.answers.answer import Usage
-from afd_server.api.answers.spelling import Spelling
+from afd_server.api.answers.spelling import Spelling, prompt_logprobs
 from afd_server.api.generation import Piece
 from afd_server.api.protocol.chat import ChatCompletionRequest
 from afd_server.text.tokenizer import Tokenizer
@@ -27,6 +27,12 @@ class ChatAnswer:
             message = {"role": "assistant", "content": pieces[index].text}
             choices.append(self._choice(pieces[index], "message", message))
         answer = {**self._head, "object": "chat.completion", "choices": choices, "usage": usage.body()}
+        answer["prompt_logprobs"] = None
+        if self._body.prompt_logprobs is not None:
+            reported = pieces[min(pieces)].prompt_logprobs
+            answer["prompt_logprobs"] = prompt_logprobs(
+                self._tokenizer, self._prompt_token_ids, reported, self._body.prompt_logprobs
+            )
         return self._with_prompt(answer)
 
     def opening(self, choice: Choice) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from afd_server.api.admission import Choice, Job
 from afd_server.api.answers.answer import Usage
-from afd_server.api.answers.spelling import Spelling, finite
+from afd_server.api.answers.spelling import Spelling, finite, first_of, prompt_logprobs
 from afd_server.api.generation import Piece
 from afd_server.api.protocol.generation import CompletionRequest
 from afd_server.text.tokenizer import Tokenizer
+from afd_server.types import TokenLogprobs
 
 
 class CompletionAnswer:
@@ -28,6 +29,8 @@ class CompletionAnswer:
 
     def whole(self, pieces: Mapping[int, Piece], usage: Usage) -> dict[str, Any]:
         choices = [self._choice(pieces[index]) for index in sorted(pieces)]
+        for choice in choices:
+            choice["prompt_logprobs"] = self._prompt_logprobs(pieces[choice["index"]])
         return {**self._head, "choices": choices, "usage": usage.body()}
 
     def opening(self, choice: Choice) -> None:
@@ -44,11 +47,11 @@ class CompletionAnswer:
         if first:
             echoed = self._prompt_text(piece.choice) if self._body.echo else ""
             text = echoed + text
-            self._text_offsets[index] = len(echoed)
+            self._text_offsets[index] = 0 if self._echoes_logprobs else len(echoed)
         choice = {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(piece) if self._body.logprobs is not None else None,
+            "logprobs": self._logprobs(piece, first) if self._body.logprobs is not None else None,
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
@@ -61,16 +64,38 @@ class CompletionAnswer:
         prompt = choice.prompt
         return self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any]:
+    @property
+    def _echoes_logprobs(self) -> bool:
+        return self._body.echo and self._body.logprobs is not None
+
+    def _prompt_logprobs(self, piece: Piece) -> list[dict[str, Any] | None] | None:
+        if self._body.prompt_logprobs is None:
+            return None
+        token_ids = piece.choice.prompt.token_ids
+        return prompt_logprobs(self._tokenizer, token_ids, piece.prompt_logprobs, self._body.prompt_logprobs)
+
+    def _logprobs(self, piece: Piece, first: bool) -> dict[str, Any]:
         """The legacy format. text_offset: where each token begins, if every token is as long as its own text."""
         spell = Spelling(self._tokenizer, self._body.return_tokens_as_token_ids)
-        tokens, values, top, offsets = [], [], [], []
-        for token_id, reported in zip(piece.token_ids, piece.logprobs, strict=True):
+        token_ids, entries = piece.token_ids, cast(tuple[TokenLogprobs | None, ...], piece.logprobs)
+        if first and self._echoes_logprobs:  # nothing is known of the prompt's first token
+            token_ids = piece.choice.prompt.token_ids + token_ids
+            entries = (None, *piece.prompt_logprobs, *entries)
+        tokens: list[str] = []
+        values: list[float | None] = []
+        top: list[dict[str, float] | None] = []
+        offsets: list[int] = []
+        for token_id, reported in zip(token_ids, entries, strict=True):
             token = spell.text(token_id)
             tokens.append(token)
-            values.append(finite(reported.logprob))
-            likeliest = {spell.text(other): finite(logprob) for other, logprob in reported.top}
-            top.append({**likeliest, token: finite(reported.logprob)})
+            if reported is None:
+                values.append(None)
+                top.append(None)
+            else:
+                values.append(finite(reported.logprob))
+                shown = first_of(reported.top, self._body.logprobs)
+                likeliest = {spell.text(other): finite(logprob) for other, logprob in shown}
+                top.append({**likeliest, token: finite(reported.logprob)})
             offsets.append(self._text_offsets[piece.choice.index])
             self._text_offsets[piece.choice.index] += len(self._tokenizer.token_text(token_id))
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BeforeValidator, Field, StrictBool, StrictStr
 
 from afd_server.api.protocol.fields import FIRST, Body, NotServed, Unused, refuse_except
-from afd_server.api.protocol.generation import MAX_LOGPROBS, GenerationFields, MaxTokens
+from afd_server.api.protocol.generation import GenerationFields, MaxTokens, NumLogprobs
 
 MAX_MESSAGES = 4096
 
@@ -42,7 +42,7 @@ class ChatCompletionRequest(GenerationFields):
     messages: Annotated[list[Message], FIRST, Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: MaxTokens | None = None
     logprobs: StrictBool = False
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: NumLogprobs | None = None
     add_special_tokens: StrictBool = False
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = False

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, StrictBool, StrictInt, StrictStr
+from pydantic import BeforeValidator, Field, PlainValidator, StrictBool, StrictInt, StrictStr
 
 from afd_server.api.protocol.fields import FIRST, Body, NotServed, Unused, finite, refuse_except
 
 MAX_CHOICES = 128  # of one prompt
-MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
+MAX_BAD_WORDS = 256
 MAX_STOP_LENGTH = 1024  # characters
-MAX_TOKEN_RULES = 1024  # biases, and ids that stop: each goes to the worker with every choice
+MAX_TOKEN_RULES = 1024  # biases, ids that stop, ids that are allowed: each goes to the worker with every choice
 INT32 = 2**31
 MAX_TOP_K = INT32 - 1
 INT64 = 2**63
 
 
-def _refuse_prompt_logprobs(value: Any) -> Any:
-    if value is not None and value is not False:  # 0 asks for those of the prompt's own tokens
-        raise ValueError("prompt_logprobs is not served")
-    return value
+def _no_report(value: Any) -> Any:
+    """False asks for none; 0 for those of the prompt's own tokens."""
+    return None if value is False else value
 
 
 def _prompts(value: Any) -> Any:
@@ -62,6 +61,7 @@ def _is_bias(value: Any) -> bool:
 StopString = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 PromptJSON = str | list[int] | list[str | list[int]]
 MaxTokens = Annotated[StrictInt, Field(ge=0)]
+NumLogprobs = Annotated[StrictInt, Field(ge=-1)]  # -1: of the whole vocabulary
 
 
 class StreamOptions(Body):
@@ -93,6 +93,11 @@ class GenerationFields(Body):
         Field(default_factory=list)
     )
     stop_token_ids: Annotated[list[StrictInt], FIRST, Field(max_length=MAX_TOKEN_RULES)] | None = None
+    allowed_token_ids: (
+        Annotated[list[StrictInt], FIRST, Field(min_length=1, max_length=MAX_TOKEN_RULES)] | None
+    ) = None
+    bad_words: Annotated[list[StopString], FIRST, Field(max_length=MAX_BAD_WORDS)] | None = None
+    prompt_logprobs: Annotated[NumLogprobs | None, BeforeValidator(_no_report)] = None
     min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
     ignore_eos: StrictBool = False
     include_stop_str_in_output: StrictBool = False
@@ -114,9 +119,6 @@ class GenerationFields(Body):
     response_format: Annotated[Any, refuse_except({"type": "text"})] = None
     length_penalty: Annotated[Any, refuse_except(1)] = 1.0
     use_beam_search: NotServed = False
-    prompt_logprobs: Annotated[Any, AfterValidator(_refuse_prompt_logprobs)] = None
-    allowed_token_ids: NotServed = None
-    bad_words: NotServed = None
     logits_processors: NotServed = None
     structured_outputs: NotServed = None
     guided_json: NotServed = None
@@ -140,7 +142,7 @@ class GenerationFields(Body):
 class CompletionRequest(GenerationFields):
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts, PromptJSON)]
     echo: StrictBool = False
-    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: NumLogprobs | None = None
     add_special_tokens: StrictBool = True
     best_of: Annotated[StrictInt, Field(ge=1)] | None = None
     suffix: NotServed = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 
 from afd_server.api.admission import Admission, Job
 from afd_server.api.answers.answer import Answer, Usage
@@ -32,7 +32,8 @@ def add_generation_routes(
         try:
             if not body.stream:
                 whole = collect(pieces, answer, usage)
-                return JSONResponse(await unless_client_leaves(request.receive, whole))
+                answered = await unless_client_leaves(request.receive, whole)
+                return Response(msgspec.json.encode(answered), media_type="application/json")
             stream = events(pieces, answer, usage, body)
             try:
                 first = await unless_client_leaves(request.receive, anext(stream))

@@ -1,16 +1,17 @@
 import pytest
 from pydantic import ValidationError
 
+from afd_server.api import admission
 from afd_server.api.protocol.chat import ChatCompletionRequest
 from afd_server.api.protocol.generation import CompletionRequest
 from afd_server.text.chat_template import ChatTemplate
 from afd_server.types import SamplingParams
-from tests.unit.api.scripted_service import ScriptedService, client_for, post, says
+from tests.unit.api.scripted_service import TOKENIZER, ScriptedService, client_for, post, says
 
 NOT_SERVED = {
-    "suffix": "x", "best_of": 3, "use_beam_search": True, "prompt_logprobs": 0, "guided_json": {"type": "object"},
+    "suffix": "x", "best_of": 3, "use_beam_search": True, "guided_json": {"type": "object"},
     "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "x", "structured_outputs": {"regex": "a"},
-    "response_format": {"type": "json_object"}, "lora_request": "x", "allowed_token_ids": [1], "bad_words": ["x"],
+    "response_format": {"type": "json_object"}, "lora_request": "x",
     "priority": 1, "length_penalty": 2.0, "logits_processors": ["x"], "prompt_embeds": "x", "service_tier": "flex",
 }  # fmt: skip
 OUT_OF_RANGE = {
@@ -130,9 +131,63 @@ async def test_logit_bias_is_for_tokens_that_exist(bias):
     assert (response.status_code, response.json()["error"]["param"].split(".")[0]) == (400, "logit_bias")
 
 
-async def test_echo_with_logprobs_is_refused():
-    response = await post(ScriptedService(says("a")), prompt="hi", echo=True, logprobs=1)
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "logprobs")
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("prompt_logprobs", {"prompt_logprobs": 21}),
+        ("prompt_logprobs", {"prompt_logprobs": -2}),
+        ("prompt_logprobs", {"prompt_logprobs": -1}),
+        ("prompt_logprobs", {"prompt_logprobs": 0, "stream": True}),
+        ("prompt_logprobs", {"prompt_logprobs": True}),
+        ("logprobs", {"logprobs": -1}),
+        ("logprobs", {"logprobs": -2}),
+        ("allowed_token_ids", {"allowed_token_ids": []}),
+        ("allowed_token_ids", {"allowed_token_ids": [257]}),
+        ("allowed_token_ids", {"allowed_token_ids": [-1]}),
+        ("bad_words", {"bad_words": [" "]}),
+        ("bad_words", {"bad_words": "one"}),
+        ("bad_words.0", {"bad_words": [""]}),
+    ],
+)
+async def test_reports_and_rules_that_are_refused_by_name(field, body):
+    service = ScriptedService(says("a"))
+    response = await post(service, prompt="hi", **body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+    assert service.requests == []
+
+
+async def test_allowed_tokens_and_bad_words():
+    service = ScriptedService(says("a"))
+    assert (
+        await post(service, prompt="hi", allowed_token_ids=[5, 4, 5], bad_words=["ab", " ab", "c"])
+    ).status_code == 200
+    sampling, (a, b, c) = service.requests[0].sampling, TOKENIZER.encode("abc")
+    assert (sampling.allowed_token_ids, sampling.bad_words) == ((5, 4), ((a, b), (c,)))
+
+
+async def test_the_whole_vocabulary_where_the_server_gives_it():
+    service = ScriptedService(says("a", logprob=-1.0))
+    wide = {"max_logprobs": 257}
+    assert (await post(service, prompt="hi", settings=wide, logprobs=-1)).status_code == 200
+    chat = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": -1}
+    assert (await post(service, "/v1/chat/completions", wide, **chat)).status_code == 200
+    assert [request.sampling.logprobs for request in service.requests] == [257, 257]
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [("prompt_logprobs", {"prompt_logprobs": 300}), ("logprobs", {"logprobs": 300, "max_tokens": 30})],
+)
+async def test_reports_are_bounded(monkeypatch, field, body):
+    monkeypatch.setattr(admission, "MAX_PROMPT_LOGPROBS_IN_ALL", 301 * 8)
+    monkeypatch.setattr(admission, "MAX_LOGPROBS_OF_CHOICE", 300 * 29)
+    wide = {"max_logprobs": 300}
+    service = ScriptedService(says("a", logprob=-1.0))
+    response = await post(service, prompt=["hi!"], n=3, settings=wide, **body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+    assert (
+        await post(service, prompt="hi", n=3, max_tokens=20, settings=wide, logprobs=300)
+    ).status_code == 200
 
 
 async def test_stream_options_need_a_stream():

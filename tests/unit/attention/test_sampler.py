@@ -153,3 +153,39 @@ def test_random_numbers_are_uniform_and_know_only_seed_and_position():
     assert len(set(values)) == len(values)
     histogram = Counter(int(value * 10) for value in values)
     assert all(abs(histogram[tenth] - 1000) < 5 * math.sqrt(900) for tenth in range(10))
+
+
+def test_only_allowed_tokens_come(logits_V):
+    allowed = (3, 40, 41)
+    drawn = {t.token_id for t in sample(logits_V, SamplingParams(1, allowed_token_ids=allowed), repeat=2000)}
+    assert drawn == set(allowed)
+    (greedy,) = sample(logits_V, SamplingParams(1, temperature=0.0, allowed_token_ids=allowed))
+    assert greedy.token_id == max(allowed, key=lambda token_id: logits_V[token_id])
+
+
+@pytest.mark.parametrize(
+    "rules", [{"min_tokens": 5}, {"bad_words": ((EOS,),)}, {"bad_words": ((4, EOS),)}, {"temperature": 0.0}]
+)
+def test_what_is_allowed_comes_even_if_another_rule_forbids_it(logits_V, rules):
+    params = SamplingParams(**{"max_tokens": 9, "allowed_token_ids": (EOS,), **rules})
+    assert [t.token_id for t in sample(logits_V, params, output=(4,), repeat=3)] == [EOS] * 3
+
+
+def test_no_bad_word_is_completed():
+    logits_V = torch.zeros(VOCAB)
+    logits_V[[1, 2, 3]] = 20.0
+    params = SamplingParams(500, bad_words=((2,), (3, 3), (1, 1, 1)), seed=4)
+    tokens = [t.token_id for t in sample(logits_V, params, prompt=(3, 1), output=(3,), repeat=400)]
+    text = ",".join(map(str, [3, *tokens]))
+    assert set(tokens) >= {1, 3}
+    assert "2" not in text and "3,3" not in text and "1,1,1" not in text and "1,1,3" in text
+    # What the prompt ends with is no beginning of a word.
+    (first,) = sample(logits_V, SamplingParams(1, temperature=0.0, bad_words=((1, 1),)), prompt=(1,))
+    assert first.token_id == 1
+
+
+def test_a_request_with_bad_words_comes_back_as_it_was(logits_V):
+    params = SamplingParams(9, seed=1, bad_words=tuple((a, b) for a in range(VOCAB) for b in range(a)))
+    whole = [t.token_id for t in sample(logits_V, params, repeat=6)]
+    assert whole == sorted(whole)
+    assert [t.token_id for t in sample(logits_V, params, output=whole[:3], repeat=3)] == whole[3:]

@@ -120,7 +120,7 @@ class Machine:
         batch = AttentionBatch.build(STEPS[index], BLOCK_SIZE, CPU)
         run = run_pipeline([self.attention.forward(batch, self.cache, shortcut)], self, self.spec.num_layers)
         self.resent += self.group.timing.num_resent
-        return run.results[0].clone()
+        return self.attention.logits(run.results[0])
 
     def steps(self, shortcut):
         return [self.step(index, shortcut) for index in range(len(STEPS))]

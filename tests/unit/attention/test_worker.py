@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from afd_server.attention.dispatch import GroupLayout
 from afd_server.attention.ffn_group import FFNGroup
@@ -72,6 +73,40 @@ class Machine:
         self.engine.check()
         self.group.close()
         return outputs
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_prompts_are_reported_as_transformers_sees_them(directory, micro_batches):
+    """Prompts in parts and beside others, of one token and of a full context, preempted in the middle."""
+    machine = Machine(directory, micro_batches)
+    generator = torch.Generator().manual_seed(1)
+    prompts = {
+        str(length): torch.randint(250, (length,), generator=generator).tolist()
+        for length in (1, 2, 17, 30, 32)
+    }
+    for name, prompt in prompts.items():
+        num_tokens = 0 if len(prompt) == 32 else 2
+        machine.engine.submit(
+            GenerationRequest(name, tuple(prompt), SamplingParams(num_tokens, prompt_logprobs=3))
+        )
+    machine.engine.submit(GenerationRequest("decodes", (5, 6), SamplingParams(20, ignore_eos=True)))
+    reports = {name: [] for name in prompts}
+    while machine.engine.has_work:
+        for output in machine.engine.step().outputs:
+            assert output.error is None
+            reports.get(output.request_id, []).extend(output.prompt_logprobs)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for name, prompt in prompts.items():
+        with torch.no_grad():
+            expected_TV = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        assert len(reports[name]) == len(expected_TV)
+        for token_id, given, expected_V in zip(prompt[1:], reports[name], expected_TV, strict=True):
+            assert given.logprob == pytest.approx(float(expected_V[token_id]), abs=2e-4)
+            assert given.rank == 1 + int((expected_V > expected_V[token_id]).sum())
+            assert [other for other, _ in given.top] == expected_V.topk(3).indices.tolist()
+            assert [value for _, value in given.top] == pytest.approx(
+                expected_V.topk(3).values.tolist(), abs=2e-4
+            )
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])

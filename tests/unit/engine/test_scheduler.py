@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from afd_server.engine.scheduler import Scheduler
 from afd_server.errors import PromptTooLongError, RequestError
 from afd_server.types import GenerationRequest, SamplingParams
-from tests.unit.engine.toy_worker import EOS, ToyWorker, continuation, next_token, small_config
+from tests.unit.engine.toy_worker import EOS, ToyWorker, continuation, next_token, report_on, small_config
 
 
 def make_request(request_id, prompt, **sampling):
@@ -17,14 +17,15 @@ def make_request(request_id, prompt, **sampling):
 
 
 class Run:
-    """A scheduler and a toy worker, stepped by hand. outputs: all tokens so far, ends: finish reasons, by request."""
+    """A scheduler and a toy worker, stepped by hand. outputs: all tokens so far, reports: all that was reported of prompts,
+    ends: finish reasons, by request."""
 
     def __init__(self, *, num_blocks=64, failing_steps=(), **config):
         self.config = small_config(**config)
         self.scheduler = Scheduler(self.config, num_blocks=num_blocks, eos_token_ids=(EOS,))
         self.worker = ToyWorker(self.config, failing_steps)
         self.num_blocks = num_blocks
-        self.outputs, self.ends, self.first = {}, {}, {}
+        self.outputs, self.reports, self.ends, self.first = {}, {}, {}, {}
 
     def add(self, *args, **sampling):
         self.scheduler.add(make_request(*args, **sampling))
@@ -34,6 +35,7 @@ class Run:
             assert output.request_id not in self.ends, "output after the end"
             self.first.setdefault(output.request_id, output)
             self.outputs.setdefault(output.request_id, []).extend(output.token_ids)
+            self.reports.setdefault(output.request_id, []).extend(output.prompt_logprobs)
             if output.finish_reason:
                 self.ends[output.request_id] = output.finish_reason.value
 
@@ -63,11 +65,12 @@ arrivals = st.lists(
             "aborts": st.none() | st.integers(0, 25),
             "sampling": st.builds(
                 SamplingParams,
-                max_tokens=st.integers(1, 14),
+                max_tokens=st.integers(0, 14),
+                prompt_logprobs=st.none() | st.just(2),
                 min_tokens=st.integers(0, 3),
                 ignore_eos=st.booleans(),
                 stop_token_ids=st.just(()) | st.just((7, 8, 9)),
-            ),
+            ).filter(lambda sampling: sampling.max_tokens or sampling.prompt_logprobs is not None),
         }
     ),
     min_size=1,
@@ -114,7 +117,9 @@ def test_every_request_gets_what_it_would_get_alone(
         assert now < 2000, "somebody starves"
     for index, arrival in enumerate(arrivals):
         tokens, reason = continuation(arrival["prompt"], arrival["sampling"], 32)
+        report = report_on(arrival["prompt"]) if arrival["sampling"].prompt_logprobs is not None else []
         given_tokens, end = run.outputs[str(index)], run.ends[str(index)]
+        given_report = run.reports[str(index)]
         if end == "error":
             assert str(index) in {
                 part.request_id
@@ -126,8 +131,10 @@ def test_every_request_gets_what_it_would_get_alone(
         elif str(index) in aborted:
             assert end == "abort"
         else:
-            assert (given_tokens, end) == (tokens, reason)
+            assert (given_tokens, end, given_report) == (tokens, reason, report)
         assert given_tokens == tokens[: len(given_tokens)]
+        assert given_report == report[: len(given_report)]
+        assert given_report == report or not given_tokens, "tokens before all of the prompt is reported"
     stats = run.scheduler.stats()
     assert stats.num_free_blocks == stats.num_blocks
     assert (stats.num_running, stats.num_waiting) == (0, 0)
@@ -299,6 +306,55 @@ def test_a_resumed_request_goes_on_where_it_was():
     assert plan.started[0].output_token_ids == tuple(whole[:4])
     assert run.finish()["a"] == whole[4:]
     assert run.ends["a"] == "length"
+
+
+def test_what_is_reported_of_a_prompt_is_not_read_from_the_cache():
+    run = Run(max_num_batched_tokens=8)
+    run.add("a", range(1, 14))
+    run.finish()
+    run.add("b", range(1, 14), prompt_logprobs=0)
+    run.finish()
+    assert (run.first["b"].cached_tokens, run.reports["b"]) == (0, report_on(list(range(1, 14))))
+    run.add("c", range(1, 14))
+    run.finish()
+    assert (run.first["c"].cached_tokens, run.reports["c"]) == (12, [])
+
+
+def test_a_prompt_alone_is_reported_and_nothing_is_sampled():
+    run = Run(max_num_batched_tokens=8)
+    run.add("whole", range(32), max_tokens=0, prompt_logprobs=3)  # no room for output
+    run.add("one", [7], max_tokens=0, prompt_logprobs=3)
+    run.finish()
+    assert run.reports == {"whole": report_on(list(range(32))), "one": []}
+    assert (run.outputs, run.ends) == ({"whole": [], "one": []}, {"whole": "length", "one": "length"})
+
+
+def test_a_report_is_not_given_twice_after_preemption_or_failover():
+    run = Run()
+    prompt = list(range(1, 14))
+    sampling = SamplingParams(4, prompt_logprobs=1)
+    run.add("seen", prompt, max_tokens=1)
+    run.finish()
+    run.scheduler.add(GenerationRequest("a", tuple(prompt), sampling, resumed_prompt_logprobs=6))
+    plan = run.step()
+    assert plan.micro_batches[0][0].start_position == 4  # of the cache only what has been reported
+    run.finish()
+    assert run.reports["a"] == report_on(prompt)[6:]
+
+
+def test_a_step_reports_no_more_than_goes_into_one_message(monkeypatch):
+    monkeypatch.setattr("afd_server.engine.pace.MAX_ENTRIES", 20)
+    for chunked in (True, False):
+        run = Run(enable_chunked_prefill=chunked, max_num_batched_tokens=32)
+        for name in "ab":
+            run.add(name, range(1, 14), max_tokens=1, prompt_logprobs=3)
+        run.add("plain", range(1, 9))
+        parts = [
+            {part.request_id: len(part.token_ids) for part in run.step().micro_batches[0]} for _ in range(3)
+        ]
+        assert parts == [{"a": 5}, {"a": 5}, {"a": 3, "b": 2}]
+        run.finish()
+        assert run.reports["b"] == report_on(list(range(1, 14)))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from afd_server.config import ServeConfig
 from afd_server.errors import WorkerError
-from afd_server.types import SampledToken, StepOutput, StepTiming
+from afd_server.types import PromptLogprobs, SampledToken, StepOutput, StepTiming, TokenLogprobs
 
 VOCAB_SIZE = 40
 EOS = 0
@@ -20,6 +20,8 @@ def next_token(token_ids):
 def continuation(prompt, sampling, max_model_len):
     """What a request gives when it runs alone, by the rules of its end."""
     tokens = []
+    if sampling.max_tokens == 0:
+        return tokens, "length"
     while True:
         tokens.append(next_token([*prompt, *tokens]))
         ends = tokens[-1] in sampling.stop_token_ids or (tokens[-1] == EOS and not sampling.ignore_eos)
@@ -27,6 +29,11 @@ def continuation(prompt, sampling, max_model_len):
             return tokens, "stop"
         if len(tokens) == sampling.max_tokens or len(prompt) + len(tokens) == max_model_len:
             return tokens, "length"
+
+
+def report_on(prompt):
+    """What is reported of a prompt: any function of each token and of all before it."""
+    return [TokenLogprobs(-float(next_token(prompt[:place]))) for place in range(2, len(prompt) + 1)]
 
 
 class ToyWorker:
@@ -55,8 +62,9 @@ class ToyWorker:
         if fails:
             raise self.error
         tokens = [SampledToken(each.request_id, self._sample(each)) for each in requests if each.samples]
+        reports = [PromptLogprobs(each.request_id, self._report(each)) for each in requests if each.report]
         timing = StepTiming(1.0, num_tokens=plan.num_tokens, num_micro_batches=len(plan.micro_batches))
-        return StepOutput(plan.step, tuple(tokens), timing)
+        return StepOutput(plan.step, tuple(tokens), timing, tuple(reports))
 
     def _check(self, plan, requests):
         assert all(plan.micro_batches), "an empty micro-batch"
@@ -80,6 +88,16 @@ class ToyWorker:
     def _write(self, request, instead):
         for slot, token_id in zip(self._slots(request, request.start_position), request.token_ids, strict=True):
             self.cache[slot] = token_id if instead is None else instead
+
+    def _report(self, request):
+        known = [self.cache[slot] for slot in self._slots(request, 0)]
+        entries = []
+        for place, token_id in enumerate(
+            request.report.token_ids, request.start_position + request.report.first
+        ):
+            assert place < len(known), "a report on a token that the step has not come to"
+            entries.append(report_on([*known[: place + 1], token_id])[-1])
+        return tuple(entries)
 
     def _sample(self, request):
         self.num_output[request.request_id] += 1

@@ -60,7 +60,7 @@ class Decoding:
                 batch = AttentionBatch.build(requests, BLOCK_SIZE, self._attention.device)
                 passes.append(self._attention.forward(batch, self.cache))
         run = run_pipeline(passes, _LateAnswers(self._ffn), num_hops=len(self._attention.sides))
-        return torch.cat(run.results).cpu()
+        return self._attention.logits(torch.cat(run.results)).cpu()
 
     def _next(self, text):
         done = self._done[text]

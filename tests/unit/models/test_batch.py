@@ -32,7 +32,7 @@ def test_rows_slots_and_tables():
     assert batch.token_ids.tolist() == [10, 11, 12, 20, 30, 40, 41]
     assert batch.positions.tolist() == [2, 3, 4, 4, 0, 0, 1]
     assert batch.slots.tolist() == [7 * 4 + 2, 7 * 4 + 3, 5 * 4, 2 * 4, 6 * 4, 4, 5]
-    assert batch.sampled_rows.tolist() == [3, 4, 6]
+    assert batch.logit_rows.tolist() == [3, 4, 6]
     (group,) = batch.singles
     assert group.rows.tolist() == [3, 4]
     assert group.block_tables.tolist() == [[3, 2], [6, 0]]
@@ -44,7 +44,7 @@ def test_rows_slots_and_tables():
 
 def test_nothing_sampled():
     batch = AttentionBatch.build([ScheduledRequest("a", 0, (1, 2), (0,), samples=False)], 4, CPU)
-    assert batch.sampled_rows.shape == (0,)
+    assert batch.logit_rows.shape == (0,)
     assert batch.singles == ()
 
 
