@@ -32,8 +32,10 @@ logger = logging.getLogger(__name__)
 # all workers still have to fit beside them; on a GPU the weights are loaded already and the rest is activations.
 CPU_KV_CACHE_SHARE = 0.25
 CUDA_KV_CACHE_SHARE = 0.8
-# What one step may report of the tokens that it samples, in log-probabilities: they go to the router in one message.
+# What one step may report of the tokens that it samples, in log-probabilities: they go to the router in one message. So few of
+# each token are always possible.
 MAX_STEP_LOGPROBS = 2**18
+FEW_LOGPROBS = 20
 
 
 def resolve(config: ServeConfig, spec: ModelSpec, directory: Path) -> ServeConfig:
@@ -58,7 +60,7 @@ def resolve(config: ServeConfig, spec: ModelSpec, directory: Path) -> ServeConfi
             "--dtype", "the checkpoint's float16 is not served", "use --dtype bfloat16 or float32"
         )
     num_logprobs = spec.vocab_size if config.max_logprobs == -1 else config.max_logprobs
-    if num_logprobs * config.max_num_seqs > MAX_STEP_LOGPROBS:
+    if num_logprobs > FEW_LOGPROBS and num_logprobs * config.max_num_seqs > MAX_STEP_LOGPROBS:
         raise ConfigError(
             "--max-logprobs",
             f"{num_logprobs} of each of {config.max_num_seqs} requests are more than the {MAX_STEP_LOGPROBS} of one step",

@@ -53,6 +53,17 @@ def test_auto_becomes_the_models_own():
     assert (config.model, config.served_model_name) == ("/models/name", "org/name")
 
 
+def test_a_step_can_carry_what_its_requests_may_have_reported():
+    wide = dataclasses.replace(DENSE, vocab_size=100_000)
+    for possible in ({"max_logprobs": -1, "max_num_seqs": 2}, {"max_num_seqs": 2000}, {"max_logprobs": 4096}):
+        resolve(ServeConfig(executor="local", **possible), wide, Path("/models/name"))
+    for impossible in ({"max_logprobs": -1, "max_num_seqs": 3}, {"max_logprobs": 4097}):
+        with pytest.raises(ConfigError, match=r"--max-logprobs.*--max-num-seqs"):
+            resolve(ServeConfig(executor="local", **impossible), wide, Path("/models/name"))
+    with pytest.raises(ConfigError, match="--max-logprobs"):
+        ServeConfig(max_logprobs=-2)
+
+
 def test_what_is_given_stays():
     given = ServeConfig(dtype="float32", wire_dtype="fp8", max_model_len=100, served_model_name="mine")
     config = resolve(given, DENSE, Path("/models/name"))

@@ -97,6 +97,23 @@ async def test_tokens_reach_a_reader_before_the_failure_that_waits_behind_them(c
     assert [output.error for output in rest] == [None, "worker ffn-0: gone"]
 
 
+async def test_what_was_reported_of_a_prompt_is_not_asked_for_again(clients):
+    report = [TokenLogprobs(-0.5 * place, rank=place) for place in range(1, 4)]
+    async with Router(clients) as router, aclosing(router.generate(make_request("a"))) as outputs:
+        first = asyncio.ensure_future(anext(outputs))
+        await until(lambda: clients[0].submitted)
+        clients[0].give("a", prompt_logprobs=tuple(report[:1]))
+        clients[0].give("a", prompt_logprobs=tuple(report[1:2]))
+        given = [*(await first).prompt_logprobs]
+        clients[0].die()
+        await until(lambda: clients[1].submitted)
+        assert clients[1].submitted[0].resumed_prompt_logprobs == 2
+        assert clients[1].submitted[0].resumed_output_token_ids == ()
+        clients[1].give("a", 5, prompt_logprobs=tuple(report[2:]), end="stop")
+        given += [entry async for output in outputs for entry in output.prompt_logprobs]
+    assert given == report
+
+
 async def test_the_least_loaded_replica_is_chosen(clients):
     async with Router(clients) as router:
         for name in "abcd":
