@@ -24,6 +24,8 @@ MAX_MICRO_BATCHES = 4
 SPARSE_DISPATCH_FROM = 4
 MOST: Mapping[str, float] = {"int": 2**62, "float": 1e9}  # of a number; a timeout of 30 years is none
 API_KEY_VARIABLE = "AFD_API_KEY"
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+LOG_FORMATS = ("text", "json")
 
 
 def separate_keys(api_key: str) -> list[str]:
@@ -68,6 +70,9 @@ class ServeConfig:
         20,
         "api",
         "the most likely tokens that a request may have reported at each place; -1: the whole vocabulary",
+    )
+    api_key_file: str | None = option(
+        None, "api", "file of keys' hashes, one a line, made by `afd key new`; read again when it changes"
     )
     client_timeout: float = option(
         60.0, "api", "seconds that a client may take to send a request, or let its answer lie unread"
@@ -164,6 +169,19 @@ class ServeConfig:
     )
     ffn_timeout: float = option(60.0, "pipeline", "seconds to wait for one FFN answer, restarts included")
 
+    log_level: str = option(
+        "info",
+        "telemetry",
+        "least level of log lines; AFD_LOG_LEVEL in the environment does the same",
+        LOG_LEVELS,
+    )
+    log_format: str = option(
+        "text",
+        "telemetry",
+        "json: an object a line, on standard error alone; AFD_LOG_FORMAT does the same",
+        LOG_FORMATS,
+    )
+
     def __post_init__(self) -> None:
         for setting in fields(self):
             _check_type(setting, getattr(self, setting.name))
@@ -171,7 +189,7 @@ class ServeConfig:
                         "ffn_workers", "ffn_replicas", "max_model_len", "kv_cache_memory_bytes",
                         "placement_timeout", "start_timeout", "heartbeat_timeout", "ffn_timeout", "tpot_sla_ms",
                         "ttft_sla_ms", "client_timeout")  # fmt: skip
-        for name in ("model", "api_key", "served_model_name", "ray_address", "profile"):
+        for name in ("model", "api_key", "api_key_file", "served_model_name", "ray_address", "profile"):
             if getattr(self, name) == "":
                 raise ConfigError(flag(name), "is empty")
         if self.api_key is not None and not all(separate_keys(self.api_key)):

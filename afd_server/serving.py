@@ -20,6 +20,7 @@ import uvloop
 
 from afd_server import __version__
 from afd_server.api.app import create_app
+from afd_server.api.keys import KeyRing
 from afd_server.api.server import bind_port, serve
 from afd_server.api.settings import BODY_BYTES, BODY_BYTES_PER_TOKEN, ApiSettings, OperatedWorkers
 from afd_server.checkpoints.default_model import afd_home
@@ -34,7 +35,7 @@ from afd_server.models.spec import ModelSpec
 from afd_server.router.admission import Admission
 from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.router import Router
-from afd_server.telemetry.logs import configure_logging
+from afd_server.telemetry.logs import Phases, configure_logging
 from afd_server.telemetry.metrics import Metrics
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.text.chat_template import ChatTemplate
@@ -89,9 +90,14 @@ class Service:
         return self._router is not None and self._router.is_serving() and self.workers.is_serving()
 
 
-def run_server(config: ServeConfig) -> int:
-    """Serves until SIGTERM or SIGINT; gives the exit code. Raises StartError if it cannot start."""
-    configure_logging("server")
+def run_server(config: ServeConfig, began_s: float | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; gives the exit code. Raises StartError if it cannot start.
+
+    began_s: when the imports of this module began, monotonic.
+    """
+    configure_logging("server", config.log_level, config.log_format)
+    phases = Phases(began_s)
+    phases.over("importing")
     directory = find_model(config.model)
     spec = read_model_spec(directory)
     check_checkpoint(directory, spec)
@@ -99,6 +105,7 @@ def run_server(config: ServeConfig) -> int:
     tokenizer = Tokenizer.load(directory)
     settings = _api_settings(config, spec, tokenizer)
     listening = bind_port(config.host, config.port)
+    phases.over("reading and checking the model")
     metrics = Metrics(
         settings.model_name, tpot_sla_s=_seconds(config.tpot_sla_ms), ttft_sla_s=_seconds(config.ttft_sla_ms)
     )
@@ -131,7 +138,9 @@ def _workers(config: ServeConfig) -> Workers:
     from afd_server.cluster.own_ray import own_ray
     from afd_server.cluster.ray_environment import prepare_environment
 
-    prepare_environment(own_cluster=config.ray_address is None)
+    prepare_environment(
+        own_cluster=config.ray_address is None, log_level=config.log_level, log_format=config.log_format
+    )
     own = own_ray(config, afd_home()) if config.ray_address is None else None
     try:
         from afd_server.cluster.ray_cluster import RayCluster  # imports ray, which reads the environment
@@ -165,7 +174,7 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         vocab_size=spec.vocab_size,
         max_logprobs=spec.vocab_size if config.max_logprobs == -1 else config.max_logprobs,
         chat_template=ChatTemplate.load(config.model, tokenizer.special_tokens),
-        api_key=config.api_key,
+        keys=KeyRing(config.api_key, config.api_key_file),
         version=__version__,
         created=int(time.time()),
         seed=config.seed,
@@ -196,7 +205,10 @@ async def _run_workers(
         await service.workers.connect(), metrics.observe_step, metrics.observe_lost, admission=admission
     ) as router:
         service.open(router)
-        print(_ready_lines(config, spec, started, url, time.monotonic() - began), flush=True)
+        seconds = time.monotonic() - began
+        if config.log_format == "text":
+            print(_ready_lines(config, spec, started, url, seconds), flush=True)
+        logger.info("ready after %.1f s: %s", seconds, url, extra={"seconds": round(seconds, 3), "url": url})
         await service.workers.supervise(router, metrics.workers)
 
 
@@ -216,7 +228,7 @@ def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: st
     """What a person wants to know of a server that has just become ready."""
     ep, tp = config.ffn_shards
     body = f'{{"model": "{config.served_model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-    key = ' -H "Authorization: Bearer $AFD_API_KEY"' if config.api_key else ""
+    key = ' -H "Authorization: Bearer $AFD_API_KEY"' if config.api_key or config.api_key_file else ""
     attention, ffn = started.attention, started.ffn
     lines = {
         "url": url,

@@ -6,6 +6,8 @@ from fastapi import FastAPI
 
 from afd_server.api.errors import add_error_handlers
 from afd_server.api.gate import Gate
+from afd_server.api.rate_limits import Allowances
+from afd_server.api.request_ids import RequestIds
 from afd_server.api.routes.admin import add_admin_routes
 from afd_server.api.routes.generation import add_generation_routes
 from afd_server.api.routes.models import add_model_routes
@@ -18,7 +20,13 @@ from afd_server.text.tokenizer import Tokenizer
 def create_app(settings: ApiSettings, service: Service, tokenizer: Tokenizer, metrics: Metrics) -> FastAPI:
     """The whole front-end as an ASGI application. `service` may become ready later; until then requests get 503."""
     app = FastAPI(title="afd-server", version=settings.version)
-    app.add_middleware(Gate, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Gate,
+        keys=settings.keys,
+        allowances=Allowances(metrics.keys),
+        max_body_bytes=settings.max_body_bytes,
+    )
+    app.add_middleware(RequestIds)  # the last one that is added comes first
     add_error_handlers(app)
     add_generation_routes(app, settings, service, tokenizer, metrics)
     add_model_routes(app, settings)

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from afd_server.api.request_ids import HEADER, request_id_of
 from afd_server.errors import (
     OverloadedError,
     RateLimitError,
@@ -62,7 +63,11 @@ def add_error_handlers(app: FastAPI) -> None:
     """Every answer of `app` that is not a success carries OpenAI's body from now on."""
 
     async def serving_error(request: Request, error: Exception) -> JSONResponse:
-        return error_response(error)
+        response = error_response(error)
+        response.headers[HEADER] = request_id_of(
+            request.scope
+        )  # that of a bug is sent from outside all middleware
+        return response
 
     async def invalid_body(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

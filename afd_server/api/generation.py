@@ -7,6 +7,7 @@ several choices. What does not: OpenAI's JSON (answers/). Whoever closes the ite
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -21,6 +22,8 @@ from afd_server.telemetry.metrics import REFUSED, Metrics
 from afd_server.text.detokenizer import Detokenizer, StopStrings
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.types import FinishReason, RequestOutput, TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 # Pieces that wait for a client who reads slowly; beyond them, the choices' own streams wait.
 MAX_WAITING_PIECES = 256
@@ -164,8 +167,9 @@ async def run_choice(
     except OverloadedError:
         reason = REFUSED
         raise
-    except Exception:
+    except Exception as error:
         reason = FinishReason.ERROR.value
+        logger.warning("a request failed: %s", error)
         raise
     finally:
         clock.finish(reason)

@@ -36,6 +36,7 @@ MAX_PER_MINUTE = 10**12
 ROLES = ("user", "operator")
 LIMITS = ("requests-per-minute", "tokens-per-minute")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+NAME_RULE = "the name is not 1 to 64 of A-Z a-z 0-9 . _ @ -"
 # Between two looks whether the file has changed.
 LOOK_EVERY_S = 1.0
 
@@ -76,6 +77,8 @@ def new_key(
     tokens_per_minute: int | None = None,
 ) -> tuple[str, ApiKey]:
     """(the key, which is kept nowhere, and what a server keeps of it). Raises ValueError for a bad name or limit."""
+    if not NAME.fullmatch(name):
+        raise ValueError(NAME_RULE)
     key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
     made = _hashed(key, name, is_operator)
     made = ApiKey(name, made.salt, made.digest, is_operator, requests_per_minute, tokens_per_minute)
@@ -89,7 +92,7 @@ def parse_line(line: str) -> ApiKey:
         raise ValueError("is not NAME ROLE HASH")
     name, role, hashed, *given = parts
     if not NAME.fullmatch(name):
-        raise ValueError("the name is not 1 to 64 of A-Z a-z 0-9 . _ @ -")
+        raise ValueError(NAME_RULE)
     if role not in ROLES:
         raise ValueError(f"the role is not {' or '.join(ROLES)}")
     kind, _, rest = hashed.partition(":")
@@ -209,7 +212,9 @@ class KeyRing:
         from_file = list(from_file)
         taken = {key.name for key in from_file} & {key.name for key in self._plain}
         if taken:
-            raise ConfigError("--api-key-file", f"{self._file}: {min(taken)} is what --api-key calls one of its keys")
+            raise ConfigError(
+                "--api-key-file", f"{self._file}: {min(taken)} is what --api-key calls one of its keys"
+            )
         return [*self._plain, *from_file]
 
 

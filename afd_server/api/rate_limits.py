@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
+from afd_server.api.generation import Piece
 from afd_server.api.keys import ApiKey
 from afd_server.errors import RateLimitError
 from afd_server.telemetry.key_metrics import KeyMetrics
@@ -112,6 +115,14 @@ class Allowance:
             self._metrics.observe_refusal(self.key.name, what)
             raise
         self._windows[what].count(amount)
+
+
+async def counted(pieces: AsyncGenerator[Piece, None], allowance: Allowance) -> AsyncGenerator[Piece, None]:
+    """The same pieces; their tokens are noted as they come."""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            allowance.note_output(len(piece.token_ids))
+            yield piece
 
 
 class Allowances:

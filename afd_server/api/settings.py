@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from afd_server.api.keys import KeyRing
 from afd_server.text.chat_template import ChatTemplate
 from afd_server.types import GenerationRequest, RequestOutput, WorkerState, WorkerTrace
 
@@ -31,7 +32,7 @@ class ApiSettings:
     vocab_size: int
     max_logprobs: int = 20
     chat_template: ChatTemplate | None = None
-    api_key: str | None = None
+    keys: KeyRing = field(default_factory=KeyRing)
     version: str = ""
     created: int = 0
     seed: int = 0

@@ -16,6 +16,7 @@ from afd_server.engine.micro_batches import MicroBatchChooser
 from afd_server.engine.scheduler import Scheduler
 from afd_server.engine.step_time import StepTimeModel, StepWork
 from afd_server.errors import RequestError, WorkerError
+from afd_server.telemetry.logs import about
 from afd_server.types import (
     FinishReason,
     GenerationRequest,
@@ -57,6 +58,8 @@ class Engine:
 
     def submit(self, request: GenerationRequest) -> list[RequestOutput]:
         """Queues a request. One that cannot be served ends at once, by an output that says why."""
+        with about(request.request_id):
+            logger.debug("the request has come: %d tokens of prompt", len(request.prompt_token_ids))
         try:
             self._scheduler.add(request)
         except RequestError as error:
@@ -65,6 +68,8 @@ class Engine:
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """Ends a request, frees its blocks and gives its last output; nothing when it is not here (any more)."""
+        with about(request_id):
+            logger.debug("nobody waits for the request any more")
         return self._scheduler.abort(request_id)
 
     def abort_all(self) -> list[RequestOutput]:
@@ -89,12 +94,19 @@ class Engine:
             self._model.observe(work, period_s)
         except WorkerError as error:
             logger.error("a step failed: %s", error)
-            outputs += self._scheduler.fail_step(str(error))
+            outputs += self._fail_step(str(error))
         except Exception as error:  # whatever it is, the other requests must not wait for ever
             logger.exception("a step failed by a bug of this server")
-            outputs += self._scheduler.fail_step(f"internal error: {type(error).__name__}: {error}")
+            outputs += self._fail_step(f"internal error: {type(error).__name__}: {error}")
         self._busy_since = time.perf_counter() if self.has_work else None
         return ReplicaUpdate(tuple(outputs), self._scheduler.stats(timing))
+
+    def _fail_step(self, error: str) -> list[RequestOutput]:
+        outputs = self._scheduler.fail_step(error)
+        for output in outputs:
+            with about(output.request_id):
+                logger.error("the request ends with its step: %s", error)
+        return outputs
 
     def stats(self) -> ReplicaStats:
         """The state between two steps."""

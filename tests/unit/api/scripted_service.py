@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from afd_server.api.app import create_app
+from afd_server.api.keys import KeyRing
 from afd_server.api.settings import ApiSettings
 from afd_server.telemetry.metrics import Metrics
 from afd_server.text.chat_template import ChatTemplate
@@ -95,6 +96,8 @@ def says(text, finish=FinishReason.STOP, *, step=1, cached_tokens=0, logprob=Non
 def app_for(service, **settings):
     values = {"model_name": "tiny", "max_model_len": 64, "vocab_size": 257, "version": "9", "created": 7}
     values |= {"chat_template": ChatTemplate(TEMPLATE), **settings}
+    if "api_key" in values:
+        values["keys"] = KeyRing(values.pop("api_key"))
     return create_app(ApiSettings(**values), service, TOKENIZER, Metrics("tiny"))
 
 
