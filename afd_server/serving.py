@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from socket import socket
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import uvloop
 
@@ -22,12 +22,19 @@ from afd_server import __version__
 from afd_server.api.app import create_app
 from afd_server.api.keys import KeyRing
 from afd_server.api.server import bind_port, serve
-from afd_server.api.settings import BODY_BYTES, BODY_BYTES_PER_TOKEN, ApiSettings, OperatedWorkers
+from afd_server.api.settings import (
+    BODY_BYTES,
+    BODY_BYTES_PER_TOKEN,
+    ApiSettings,
+    CrossOrigin,
+    OperatedWorkers,
+)
+from afd_server.api.tls import tls_context
 from afd_server.checkpoints.default_model import afd_home
 from afd_server.checkpoints.find import find_model
 from afd_server.cluster.layout import resolve
 from afd_server.cluster.workers import Started, WorkerInfo
-from afd_server.config import ServeConfig
+from afd_server.config import ServeConfig, json_list
 from afd_server.errors import UnavailableError
 from afd_server.models.checkpoint import check_checkpoint
 from afd_server.models.families import read_model_spec
@@ -42,6 +49,9 @@ from afd_server.text.chat_template import ChatTemplate
 from afd_server.text.generation_defaults import read_generation_defaults
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.types import GenerationRequest, RequestOutput
+
+if TYPE_CHECKING:
+    from afd_server.telemetry.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -104,15 +114,17 @@ def run_server(config: ServeConfig, began_s: float | None = None) -> int:
     config = resolve(config, spec, directory)
     tokenizer = Tokenizer.load(directory)
     settings = _api_settings(config, spec, tokenizer)
+    tls = tls_context(config)
     listening = bind_port(config.host, config.port)
     phases.over("reading and checking the model")
     metrics = Metrics(
         settings.model_name, tpot_sla_s=_seconds(config.tpot_sla_ms), ttft_sla_s=_seconds(config.ttft_sla_ms)
     )
+    traces = _traces(config, settings.model_name)
     workers = _workers(config)
     try:
         service = Service(workers)
-        app = create_app(settings, service, tokenizer, metrics)
+        app = create_app(settings, service, tokenizer, metrics, traces)
         front_end = serve(
             app,
             config.host,
@@ -120,14 +132,25 @@ def run_server(config: ServeConfig, began_s: float | None = None) -> int:
             config.shutdown_timeout,
             [listening],
             client_timeout_s=config.client_timeout,
+            tls=tls,
         )
-        machine = _run_workers(config, spec, service, metrics, _url(listening))
+        machine = _run_workers(config, spec, service, metrics, _url(listening, "https" if tls else "http"))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(front_end, machine))
     finally:
         listening.close()
         workers.stop()
+        if traces is not None:
+            traces.end()
     return 0
+
+
+def _traces(config: ServeConfig, model_name: str) -> Traces | None:
+    if config.otlp_traces_endpoint is None:
+        return None
+    from afd_server.telemetry.traces import Traces
+
+    return Traces(config.otlp_traces_endpoint, model_name)
 
 
 def _workers(config: ServeConfig) -> Workers:
@@ -174,6 +197,8 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         vocab_size=spec.vocab_size,
         max_logprobs=spec.vocab_size if config.max_logprobs == -1 else config.max_logprobs,
         chat_template=ChatTemplate.load(config.model, tokenizer.special_tokens),
+        cross_origin=_cross_origin(config),
+        root_path=config.root_path.rstrip("/"),
         keys=KeyRing(config.api_key, config.api_key_file),
         version=__version__,
         created=int(time.time()),
@@ -182,6 +207,12 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         default_sampling=read_generation_defaults(config.model),
         max_body_bytes=BODY_BYTES + BODY_BYTES_PER_TOKEN * config.max_model_len,
     )
+
+
+def _cross_origin(config: ServeConfig) -> CrossOrigin | None:
+    lists = (config.allowed_origins, config.allowed_methods, config.allowed_headers)
+    origins, methods, headers = (json_list("", text) for text in lists)
+    return CrossOrigin(origins, methods, headers, config.allow_credentials) if origins else None
 
 
 async def _run_workers(
@@ -259,9 +290,9 @@ def _attached_line(started: Started) -> str:
     )
 
 
-def _url(listening: socket) -> str:
+def _url(listening: socket, scheme: str) -> str:
     host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _count(workers: Sequence[WorkerInfo], noun: str) -> str:

@@ -70,8 +70,9 @@ class Gate:
         await self._app(scope, bounded, send)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes], key: ApiKey | None) -> JSONResponse | None:
-        for_operators = scope["path"].startswith("/admin")
-        guarded = self._keys.is_asked_for and (for_operators or scope["path"].startswith("/v1"))
+        path = _route(scope)
+        for_operators = path.startswith("/admin")
+        guarded = self._keys.is_asked_for and (for_operators or path.startswith("/v1"))
         if guarded and key is None:
             body = error_body(
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
@@ -90,7 +91,7 @@ class Gate:
 
     def _refusal_at_limit(self, scope: Scope, allowance: Allowance) -> JSONResponse | None:
         """What is asked of the model counts as a request, whatever comes of it."""
-        if scope["method"] == "POST" and scope["path"].startswith("/v1"):
+        if scope["method"] == "POST" and _route(scope).startswith("/v1"):
             try:
                 allowance.admit_request()
             except RateLimitError as error:
@@ -116,6 +117,12 @@ def _with_headers(send: Send, allowance: Allowance) -> Send:
         await send(message)
 
     return send_with_headers
+
+
+def _route(scope: Scope) -> str:
+    """The path as the routes have it: a proxy may have left --root-path before it, or have taken it away."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and (path + "/").startswith(root + "/") else path
 
 
 def _forbidden(message: str) -> JSONResponse:

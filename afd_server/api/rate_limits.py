@@ -25,6 +25,9 @@ from afd_server.telemetry.key_metrics import KeyMetrics
 UNITS = 10_000
 BEYOND = 2**62  # as a limit: none
 WINDOW_S = 60
+LIMIT_HEADERS = [
+    f"x-ratelimit-{each}-{what}" for what in ("requests", "tokens") for each in ("limit", "remaining", "reset")
+]
 
 
 class Window:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Mapping
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,10 +20,9 @@ REQUEST_ID = "afd.request_id"
 WELL_FORMED = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-def request_id_of(scope: Scope) -> str:
+def request_id_of(scope: Mapping[str, object]) -> str:
     """The id that the answer will carry, "" before it has one."""
-    request_id: str = scope.get(REQUEST_ID, "")
-    return request_id
+    return str(scope.get(REQUEST_ID, ""))
 
 
 def name_by_body(scope: Scope, request_id: str | None) -> str:

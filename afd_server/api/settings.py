@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,16 @@ BODY_BYTES = 4 * 2**20
 BODY_BYTES_PER_TOKEN = 32
 
 
+@dataclass(frozen=True, slots=True)
+class CrossOrigin:
+    """Whose pages may ask, and what. For starlette's CORSMiddleware."""
+
+    origins: Sequence[str]
+    methods: Sequence[str] = ("*",)
+    headers: Sequence[str] = ("*",)
+    credentials: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiSettings:
     """The front-end's share of a server's settings.
@@ -24,6 +34,7 @@ class ApiSettings:
     created: when the server started, seconds since 1970. seed: from which seeds of requests without one are drawn.
     priorities: whether requests queue, so that one may go before another.
     default_sampling: request field -> value, for what a request leaves open (text.generation_defaults).
+    cross_origin: None: pages of other origins may ask nothing. root_path: see --root-path.
     max_body_bytes: what is read of a request. Its JSON is parsed on the event loop, 20 to 50 ms a megabyte.
     """
 
@@ -32,6 +43,8 @@ class ApiSettings:
     vocab_size: int
     max_logprobs: int = 20
     chat_template: ChatTemplate | None = None
+    cross_origin: CrossOrigin | None = None
+    root_path: str = ""
     keys: KeyRing = field(default_factory=KeyRing)
     version: str = ""
     created: int = 0

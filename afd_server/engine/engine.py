@@ -51,6 +51,7 @@ class Engine:
         self._chooser = chooser
         self._model = model
         self._busy_since: float | None = None  # the end of the last step, while there is work
+        self._reading: dict[str, float] = {}  # requests without output: since when they have been in steps
 
     @property
     def has_work(self) -> bool:
@@ -68,6 +69,7 @@ class Engine:
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """Ends a request, frees its blocks and gives its last output; nothing when it is not here (any more)."""
+        self._reading.pop(request_id, None)
         with about(request_id):
             logger.debug("nobody waits for the request any more")
         return self._scheduler.abort(request_id)
@@ -84,10 +86,12 @@ class Engine:
             plan = self._scheduler.schedule(self._chooser.choose)
             if plan is None:
                 return ReplicaUpdate((), self.stats())
+            for started in plan.started:  # one that comes back from preemption has begun before
+                self._reading.setdefault(started.request_id, began)
             work = StepWork.of(plan)
             predicted_s = self._model.predict_s(work)
             output = self._executor.execute(plan)
-            outputs += self._scheduler.complete(output)
+            outputs += self._with_prefill(self._scheduler.complete(output))
             period_s = time.perf_counter() - began
             timing = replace(output.timing, period_s=period_s, predicted_s=predicted_s)
             self._chooser.observe(timing)
@@ -101,9 +105,20 @@ class Engine:
         self._busy_since = time.perf_counter() if self.has_work else None
         return ReplicaUpdate(tuple(outputs), self._scheduler.stats(timing))
 
+    def _with_prefill(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """The same, first ones with how long the request took to get there."""
+        if not self._reading:
+            return outputs
+        now = time.perf_counter()
+        for at, output in enumerate(outputs):
+            if output.request_id in self._reading and (output.token_ids or output.finish_reason):
+                outputs[at] = replace(output, prefill_s=now - self._reading.pop(output.request_id))
+        return outputs
+
     def _fail_step(self, error: str) -> list[RequestOutput]:
         outputs = self._scheduler.fail_step(error)
         for output in outputs:
+            self._reading.pop(output.request_id, None)
             with about(output.request_id):
                 logger.error("the request ends with its step: %s", error)
         return outputs

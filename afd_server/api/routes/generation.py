@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 from fastapi import FastAPI, Request, Response
 
@@ -20,16 +22,27 @@ from afd_server.api.streaming import ClientLeftError, EventStream, collect, even
 from afd_server.telemetry.metrics import Metrics
 from afd_server.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from afd_server.telemetry.traces import Traces
+
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is what access logs call the case
 
 
 def add_generation_routes(
-    app: FastAPI, settings: ApiSettings, service: Service, tokenizer: Tokenizer, metrics: Metrics
+    app: FastAPI,
+    settings: ApiSettings,
+    service: Service,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    traces: Traces | None,
 ) -> None:
     admission = Admission(settings, tokenizer)
 
     async def respond(request: Request, body: GenerationFields, job: Job, answer: Answer) -> Response:
-        pieces = interleave([run_choice(service, choice, body, tokenizer, metrics) for choice in job.choices])
+        record = None if traces is None else traces.recorder(request.headers)
+        pieces = interleave(
+            [run_choice(service, choice, body, tokenizer, metrics, record) for choice in job.choices]
+        )
         allowance = allowance_of(request.scope)
         if allowance is not None:
             allowance.admit_prompt(sum(len(prompt.token_ids) for prompt in job.prompts))

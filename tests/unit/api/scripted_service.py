@@ -93,16 +93,16 @@ def says(text, finish=FinishReason.STOP, *, step=1, cached_tokens=0, logprob=Non
     return outputs
 
 
-def app_for(service, **settings):
+def app_for(service, traces=None, **settings):
     values = {"model_name": "tiny", "max_model_len": 64, "vocab_size": 257, "version": "9", "created": 7}
     values |= {"chat_template": ChatTemplate(TEMPLATE), **settings}
     if "api_key" in values:
         values["keys"] = KeyRing(values.pop("api_key"))
-    return create_app(ApiSettings(**values), service, TOKENIZER, Metrics("tiny"))
+    return create_app(ApiSettings(**values), service, TOKENIZER, Metrics("tiny"), traces)
 
 
-def client_for(service, **settings):
-    transport = httpx.ASGITransport(app_for(service, **settings), raise_app_exceptions=False)
+def client_for(service, traces=None, **settings):
+    transport = httpx.ASGITransport(app_for(service, traces, **settings), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
