@@ -35,7 +35,7 @@ def separate_keys(api_key: str) -> list[str]:
 
 
 def option(
-    default: Any, room: str, help: str, choices: Iterable[str] | None = None, *, secret: bool = False
+    default: Any, room: str, help: str, choices: Iterable[str | int] | None = None, *, secret: bool = False
 ) -> Any:
     """A setting with what a person must know of it. `help` names the unit. secret: it is never shown."""
     metadata = {"room": room, "help": help, "choices": tuple(choices or ()), "secret": secret}
@@ -342,7 +342,7 @@ def _check_type(setting: Field[Any], value: Any) -> None:
         raise ConfigError(flag(setting.name), f"{value} is out of range")
     choices = setting.metadata["choices"]
     if choices and value not in choices:
-        raise ConfigError(flag(setting.name), f"{value!r} is not one of {', '.join(choices)}")
+        raise ConfigError(flag(setting.name), f"{value!r} is not one of {', '.join(map(str, choices))}")
 
 
 def _check_positive(config: ServeConfig, *names: str) -> None:

@@ -31,12 +31,13 @@ def create_app(
     traces: Traces | None = None,
 ) -> FastAPI:
     """The whole front-end as an ASGI application. `service` may become ready later; until then requests get 503."""
-    app = FastAPI(title="afd-server", version=settings.version, root_path=settings.root_path)
+    app = FastAPI(title="afd-server", version=settings.version)
     app.add_middleware(
         Gate,
         keys=settings.keys,
         allowances=Allowances(metrics.keys),
         max_body_bytes=settings.max_body_bytes,
+        root_path=settings.root_path,
     )
     if settings.cross_origin is not None:
         app.add_middleware(

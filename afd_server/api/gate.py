@@ -37,16 +37,20 @@ class Gate:
     413 for a body that says it is too large. A body that turns out too large while it is read ends in 413 too. An operator's
     keys alone open /admin; where no key is asked for, /admin is for this host."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, allowances: Allowances, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, allowances: Allowances, max_body_bytes: int, root_path: str
+    ) -> None:
         self._app = app
         self._keys = keys
         self._allowances = allowances
         self._max_body_bytes = max_body_bytes
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["root_path"] = self._root_path
         headers = dict(scope["headers"])
         key = self._key_of(headers)
         refusal = self._refusal(scope, headers, key)

@@ -55,7 +55,7 @@ async def test_any_page_with_credentials():
 
 @pytest.mark.parametrize("text", ["*", "[1]", '{"a": "b"}', "[", "null"])
 def test_a_list_that_is_none(text):
-    with pytest.raises(ConfigError, match="--allowed-origins.*JSON list"):
+    with pytest.raises(ConfigError, match=r"--allowed-origins.*JSON list"):
         ServeConfig(allowed_origins=text)
     assert ServeConfig(allowed_origins=json.dumps(["*"])).allowed_origins == '["*"]'
 

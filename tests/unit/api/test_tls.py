@@ -73,11 +73,7 @@ async def test_answers_and_streams(files):
         for stream in (False, True):
             body = {"prompt": "hi", "stream": stream}
             answer = await running.client.post("/v1/completions", json=body)
-            assert (
-                answer.status_code == 200
-                and "abc" in answer.text.replace('"text":"', "").replace("\n", "")
-                or stream
-            )
+            assert answer.status_code == 200 and '"finish_reason":"stop"' in answer.text
         plain = httpx.AsyncClient(timeout=DEADLINE_S)
         async with plain:
             with pytest.raises(httpx.HTTPError):
