@@ -50,7 +50,7 @@ def _worker_events(pid: int, trace: WorkerTrace, zero_s: float) -> Iterator[Even
         yield from _span_events(pid, tids[_lane(span)], trace, span, zero_s)
 
 
-def _named(name: str, pid: int, tid: int, **args: Any) -> Event:
+def _named(name: str, pid: int, tid: int, /, **args: Any) -> Event:
     return {"ph": "M", "name": name, "pid": pid, "tid": tid, "args": args}
 
 
