@@ -19,10 +19,12 @@ def test_a_window_takes_what_begins_in_it_although_others_are_open():
     assert not recorder.windows
     long, short = recorder.begin(100.0), recorder.begin(1.0)
     now = time.monotonic()
-    spans = [span_at(now - 50), span_at(now), span_at(now + 50), span_at(now + 150)]
-    for span in spans:
+    spans = [span_at(now - 50), span_at(now), span_at(now + 50), span_at(now + 105)]
+    for span in spans[:2]:
         recorder.note(span)
     assert recorder.end(short) == ([spans[1]], 0)
+    for span in spans[2:]:
+        recorder.note(span)
     assert recorder.end(long) == ([spans[1], spans[2]], 0)
     assert not recorder.windows
     assert recorder.end(long) == ([], 0)
