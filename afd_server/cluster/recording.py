@@ -73,10 +73,12 @@ class Recording:
             )
         self._under_way += 1
         try:
-            traces = await asyncio.gather(*(_record(worker, seconds) for worker in workers))
+            recorded = await asyncio.gather(*(_record(worker, seconds) for worker in workers))
         finally:
             self._under_way -= 1
-        return assembled([trace for trace in traces if trace is not None])
+        known = [each for each in recorded if each is not None]
+        far = {trace.worker for trace, offset_s in known if offset_s}
+        return assembled([trace for trace, _ in known], far)
 
 
 async def all_totals(asked: Mapping[str, Awaitable[WorkerTotals | None]]) -> list[WorkerTotals]:
@@ -93,7 +95,8 @@ async def all_totals(asked: Mapping[str, Awaitable[WorkerTotals | None]]) -> lis
     return [totals for totals in answers if totals is not None]
 
 
-async def _record(worker: Recorded, seconds: float) -> WorkerTrace | None:
+async def _record(worker: Recorded, seconds: float) -> tuple[WorkerTrace, float] | None:
+    """What it did, by this process's clock, and what that is ahead of its own."""
     over_at = time.monotonic() + seconds + SETTLE_S
     try:
         number = await _in_time(worker.begin(seconds))
@@ -105,7 +108,8 @@ async def _record(worker: Recorded, seconds: float) -> WorkerTrace | None:
     except Exception as error:  # a worker that dies, hangs or is replaced; the others' spans are worth having
         _tell_missing(worker.worker, "its hops", error)
         return None
-    return aligned(WorkerTrace(worker.worker, worker.role, tuple(spans), num_missing), offset_s)
+    trace = WorkerTrace(worker.worker, worker.role, tuple(spans), num_missing)
+    return aligned(trace, offset_s), offset_s
 
 
 def _tell_missing(worker: str, what: str, error: Exception) -> None:

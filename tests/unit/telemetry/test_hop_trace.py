@@ -76,6 +76,27 @@ def test_a_call_that_was_sent_while_the_worker_computed_has_waited_since():
     assert spans_of(traces, "attention-1", "wire out") == [(1.3, 1.3)]
 
 
+def test_a_far_clock_is_set_by_the_shortest_call():
+    error_s = 0.3  # of what asking the worker has given
+    traces = [
+        attention(
+            attention_span("call", 1.0, 2.0, peer="ffn-0"),
+            attention_span("call", 3.0, 3.6, peer="ffn-0", layer=1),
+        ),
+        ffn(
+            ffn_span("queue", 1.4 + error_s, 1.4 + error_s),
+            ffn_span("ffn", 1.4 + error_s, 1.8 + error_s),
+            ffn_span("queue", 3.05 + error_s, 3.1 + error_s, layer=1),
+            ffn_span("ffn", 3.1 + error_s, 3.55 + error_s, layer=1),
+        ),
+    ]
+    assert spans_of(assembled(traces, {"ffn-0"}), "ffn-0", "ffn") == [
+        (pytest.approx(1.4), pytest.approx(1.8)),
+        (pytest.approx(3.1), pytest.approx(3.55)),
+    ]
+    assert spans_of(assembled(traces), "ffn-0", "ffn")[0] == (pytest.approx(1.7), pytest.approx(2.1))
+
+
 def test_calls_of_equal_place_in_other_steps_are_others():
     traces = assembled(
         [attention(attention_span("call", 1.0, 2.0, peer="ffn-0", step=1)), ffn(ffn_span("ffn", 5, 6, step=2))]
