@@ -16,7 +16,7 @@ from statistics import median
 from afd_server.types import LayerTotal, WaitTotal, WorkerTotals
 
 # From these ratios on something is said to be slow, or hot. Less is within what a busy host does to anybody.
-SLOW_WORKER, SLOW_LAYER, HOT_EXPERT = 1.3, 1.5, 2.0
+SLOW_WORKER, SLOW_LAYER, HOT_EXPERT = 1.5, 1.5, 2.0
 # Fewer batches tell nothing.
 MIN_BATCHES = 20
 MIN_CHOICES_PER_EXPERT = 20
@@ -204,6 +204,8 @@ def _layer_paces(
 
 def _slow_layers(layers: Sequence[LayerPace]) -> Iterable[str]:
     for each in layers:
+        if (each.role, each.layer) == ("attention", 0):
+            continue  # the embedding is in its time
         if each.slowness >= SLOW_LAYER:
             yield (
                 f"layer {each.layer} is slow in the {each.role} workers: {_ms(each.mean_s)} a batch, "

@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from afd_server.telemetry.stragglers import SLOW_WORKER
 from afd_server.watching.samples import Samples
 
 STATE_STYLES = {"serving": "green", "down": "bold red"}
@@ -55,8 +56,9 @@ def frame(view: View) -> RenderableType:
 
 def _title(view: View) -> Text:
     (model, *_) = [*view.now.label_values("num_requests_queued", "model_name"), "?"]
-    title = Text.assemble(("afd top", "bold"), f"  {view.url}  ", (model, "cyan"), f"  {view.clock}")
+    title = Text.assemble(("afd top", "bold"), f"  {view.clock}", no_wrap=True, overflow="ellipsis")
     title.append(f"  last {view.seconds:.0f} s" if view.seconds else "  since the start", "dim")
+    title.append(f"  {view.url}  ").append(model, "cyan")
     if view.change:
         title.append(f"  {view.change}", MOVING)
     if view.problem:
@@ -127,7 +129,9 @@ def _load(now: Samples, worker: Mapping[str, Any]) -> tuple[str, str, str]:
 def _work(view: View, worker: str, slowness: float | None) -> tuple[str, str, str, Text]:
     """Batches a second, rows and time of each, and its time over its peers'."""
     batches = view.recent.total("worker_batches_total", worker=worker)
-    peers = Text("-" if slowness is None else f"{slowness:.1f}x", "bold red" if (slowness or 0) >= 1.3 else "")
+    peers = Text(
+        "-" if slowness is None else f"{slowness:.1f}x", "bold red" if (slowness or 0) >= SLOW_WORKER else ""
+    )
     if not batches:
         return "-", "-", "-", peers
     rows = view.recent.total("worker_rows_total", worker=worker) / batches
@@ -145,7 +149,7 @@ def _hops(view: View) -> Text:
     bubble, micro_batches = view.recent.mean("bubble_share"), view.recent.mean("micro_batches")
     shown += f"  bubble {'-' if bubble is None else f'{100 * bubble:.0f}%'}"
     shown += f"  micro-batches {'-' if micro_batches is None else f'{micro_batches:.1f}'}"
-    return Text(f"a hop  {shown}")
+    return Text(f"hop  {shown}")
 
 
 def _time(seconds: float) -> str:

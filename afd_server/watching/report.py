@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from afd_server.admin import ask, operator_client
 
@@ -34,7 +35,7 @@ def shown(answer: Mapping[str, Any]) -> Iterator[RenderableType]:
     seconds = answer["seconds"]
     yield f"of the last {seconds:.0f} s:" if seconds else "since the workers were loaded:"
     for finding in answer["findings"]:
-        yield f"* {finding}"
+        yield Text(f"* {finding}")
     yield ""
     yield _workers(answer["workers"])
     if answer["waits"]:

@@ -30,5 +30,5 @@ def trace(url: str, api_key: str | None, seconds: float, output: Path) -> int:
         output.write_bytes(content)
     except OSError as error:
         raise AdminError(f"{output}: {error.strerror}") from None
-    print(f"{output}: {len(content) / 1e6:.1f} MB; open it at https://ui.perfetto.dev")
+    print(f"{output}: {len(content) / 1e3:,.0f} kB; open it at https://ui.perfetto.dev")
     return 0

@@ -73,7 +73,7 @@ def test_a_frame_has_every_worker_in_a_line_and_says_what_it_does(width):
     assert ffn == ["ffn-0", "serving", "2m", "20", "8.0", "4.00", "ms", "0.3x"]
     assert "down: has not" in text
     assert "3.0x" in text
-    assert "a hop  attention 2.00 ms  wire 0.50 ms  FFN 1.50 ms  bubble 40%  micro-batches 2.0" in text
+    assert "hop  attention 2.00 ms  wire 0.50 ms  FFN 1.50 ms  bubble 40%  micro-batches 2.0" in text
     assert "* ffn-1 is slow: it takes 3.0 times as long" in " ".join(text.split())
 
 
