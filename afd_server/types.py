@@ -281,8 +281,8 @@ class WorkerState:
 class HopSpan:
     """A stretch of time in a worker's life, began_s to ended_s, spent for one layer of one micro-batch of a step.
 
-    name, in an attention worker: "attention" (computing a layer's part), "bubble" (its thread waits for an answer),
-    "sampling" (the LM head and the choice of tokens: no layer, -1), and beside its thread, one for each FFN worker that is
+    name, in an attention worker: "attention" (computing a layer's part), "send" (handing the call over; none where a kernel makes the
+    hops by itself), "bubble" (its thread waits for an answer), "sampling" (the LM head and the choice of tokens: no layer, -1), and beside its thread, one for each FFN worker that is
     asked: "call" (from handing it over to its answer), in it "wire out" and "wire back".
     In an FFN worker: "queue" (the call is there, the worker at something else) and "ffn" (computing it).
     peer: the worker that the call goes to, or comes from. rows: of the call, tokens; 0 where there is none.

@@ -41,9 +41,9 @@ class HopNotes:
         since, self.computing_since = self.computing_since, now
         self.layers.note(tag.layer, until - since, rows)
         if self.recorder.windows:
-            self.recorder.note(
-                HopSpan("attention", since, until, tag.step, tag.layer, tag.micro_batch, "", rows)
-            )
+            at = (tag.step, tag.layer, tag.micro_batch, "", rows)
+            self.recorder.note(HopSpan("attention", since, until, *at))
+            self.recorder.note(HopSpan("send", until, now, *at))
 
     def answered(self, tag: CallTag, worker: int, answer: Answer, moments: tuple[float, float, float]) -> None:
         """moments: when the call left, when its answer began to be waited for, and when it was there."""

@@ -15,7 +15,7 @@ import msgspec
 from afd_server.types import HopSpan, WorkerTrace
 
 THREAD_LANE = "thread"
-OF_THE_THREAD = ("attention", "bubble", "sampling")
+OF_THE_THREAD = ("attention", "send", "bubble", "sampling")
 
 Event = dict[str, Any]
 

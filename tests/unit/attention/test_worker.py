@@ -141,7 +141,7 @@ def test_every_hop_of_a_step_is_recorded_while_somebody_asks_for_it(directory):
     spans, _ = hops.recorder.end(number)
     machine.engine.step()
     places = [(layer, micro_batch) for layer in range(num_layers) for micro_batch in range(2)]
-    for name in ("attention", "call", "bubble"):
+    for name in ("attention", "send", "call", "bubble"):
         assert [(each.layer, each.micro_batch) for each in spans if each.name == name] == places
     assert [(each.micro_batch, each.rows) for each in spans if each.name == "sampling"] == [(0, 1), (1, 1)]
     # The thread does one thing at a time.
