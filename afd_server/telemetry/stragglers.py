@@ -248,7 +248,8 @@ def _hot_experts(loads: Sequence[ExpertLoad], tokens: dict[int, tuple[int, ...]]
 
 def _was_loaded_again(now: WorkerTotals, before: WorkerTotals) -> bool:
     return len(now.layers) != len(before.layers) or any(
-        new.batches < old.batches for new, old in zip(now.layers, before.layers, strict=True)
+        new.batches < old.batches or new.rows < old.rows or new.seconds < old.seconds
+        for new, old in zip(now.layers, before.layers, strict=True)
     )
 
 

@@ -101,7 +101,7 @@ def _workers(view: View) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("WORKER", no_wrap=True)
     table.add_column("STATE", overflow="fold")
-    for name in ("SINCE", "RUN", "WAIT", "KV", "BATCH/S", "ROWS", "EACH", "PEERS"):
+    for name in ("SINCE", "RUN", "WAIT", "KV", "BATCH/S", "ROWS", "TIME", "PEERS"):
         table.add_column(name, justify="right", no_wrap=True)
     slowness = {pace["worker"]: pace["slowness"] for pace in view.report["workers"]}
     for worker in view.workers:

@@ -107,8 +107,11 @@ def test_what_was_done_since_a_reading():
     assert done_since(now, None) == now
 
 
-def test_a_worker_that_was_loaded_again_counts_from_nothing():
-    now, before = ffn(0, 0.001, batches=5), ffn(0, 0.001, batches=9)
+@pytest.mark.parametrize(
+    "before", [ffn(0, 0.001, batches=9), ffn(0, 0.002, batches=4), ffn(0, 0.001, batches=4, rows=99)]
+)
+def test_a_worker_that_was_loaded_again_counts_from_nothing(before):
+    now = ffn(0, 0.001, batches=5)
     assert done_since(now, before) == now
 
 
