@@ -296,6 +296,24 @@ def simulate(argv: Sequence[str]) -> int:
     return simulate(argv)
 
 
+def top(argv: Sequence[str]) -> int:
+    from afd_server.watching.command import top
+
+    return top(argv)
+
+
+def report(argv: Sequence[str]) -> int:
+    from afd_server.watching.command import report
+
+    return report(argv)
+
+
+def trace(argv: Sequence[str]) -> int:
+    from afd_server.watching.command import trace
+
+    return trace(argv)
+
+
 def profile(argv: Sequence[str]) -> int:
     from afd_server.profiling.command import profile
 
@@ -308,6 +326,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "scale": (scale, "add or remove them"),
     "restart": (restart, "renew them one by one"),
     "key": (key, "make an API key"),
+    "top": (top, "watch it, once a second"),
+    "report": (report, "which of its workers, layers or experts is slow"),
+    "trace": (trace, "record every hop of its workers"),
     "bench": (bench, "measure any server under load"),
     "plan": (plan, "what a model costs, and the layout that suits it"),
     "simulate": (simulate, "a deployment under traffic and failures, in simulated time"),

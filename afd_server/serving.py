@@ -44,6 +44,8 @@ from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.router import Router
 from afd_server.telemetry.logs import Phases, configure_logging
 from afd_server.telemetry.metrics import Metrics
+from afd_server.telemetry.straggler_watch import StragglerWatch
+from afd_server.telemetry.stragglers import StragglerReport
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.text import reasoning
 from afd_server.text.chat_template import ChatTemplate
@@ -75,8 +77,9 @@ class Workers(OperatedWorkers, Protocol):
 class Service:
     """What the front-end sees: requests and health, also while there is no worker yet."""
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(self, workers: Workers, metrics: Metrics) -> None:
         self.workers = workers
+        self.watch = StragglerWatch(workers.totals, metrics.stragglers)
         self._router: Router | None = None
 
     def open(self, router: Router) -> None:
@@ -92,6 +95,9 @@ class Service:
         async with aclosing(self._router.generate(request)) as outputs:
             async for output in outputs:
                 yield output
+
+    async def stragglers(self) -> StragglerReport:
+        return await self.watch.report()
 
     def health(self) -> list[str]:
         if self._router is None:
@@ -125,7 +131,7 @@ def run_server(config: ServeConfig, began_s: float | None = None) -> int:
     traces = _traces(config, settings.model_name)
     workers = _workers(config)
     try:
-        service = Service(workers)
+        service = Service(workers, metrics)
         app = create_app(settings, service, tokenizer, metrics, traces)
         front_end = serve(
             app,
@@ -269,7 +275,11 @@ async def _run_workers(
         if config.log_format == "text":
             print(_ready_lines(config, spec, started, url, seconds), flush=True)
         logger.info("ready after %.1f s: %s", seconds, url, extra={"seconds": round(seconds, 3), "url": url})
-        await service.workers.supervise(router, metrics.workers)
+        watching = asyncio.create_task(service.watch.run())
+        try:
+            await service.workers.supervise(router, metrics.workers)
+        finally:
+            watching.cancel()
 
 
 def _admission(config: ServeConfig, metrics: Metrics) -> Admission | None:
