@@ -67,6 +67,7 @@ class ServeConfig:
     client_timeout: float = option(
         60.0, "api", "seconds that a client may take to send a request, or let its answer lie unread"
     )
+    disable_ui: bool = option(False, "api", "no page at /, and nothing of the live view")
     shutdown_timeout: float = option(30.0, "api", "seconds that running requests may take after SIGTERM")
 
     max_num_seqs: int = option(64, "engine", "requests running at once on each attention worker")

@@ -23,6 +23,7 @@ class ApiSettings:
     priorities: whether requests queue, so that one may go before another.
     default_sampling: request field -> value, for what a request leaves open (text.generation_defaults).
     max_body_bytes: what is read of a request. Its JSON is parsed on the event loop, 20 to 50 ms a megabyte.
+    page: whether a browser finds the page at `/`.
     """
 
     model_name: str
@@ -36,6 +37,7 @@ class ApiSettings:
     priorities: bool = False
     default_sampling: Mapping[str, float] = field(default_factory=dict)
     max_body_bytes: int = BODY_BYTES
+    page: bool = True
 
 
 class OperatedWorkers(Protocol):
