@@ -129,7 +129,7 @@ class TimeChart {
           size: 22,
           gap: 4,
           grid: { show: false },
-          splits: (_, axisIndex, low, high) => [0.75, 0.5, 0.25, 0].map((share) => high - share * (high - low)),
+          splits: (_, axisIndex, low, high) => [2 / 3, 1 / 3, 0].map((share) => high - share * (high - low)),
           values: (plot, splits) => splits.map((split) => {
             const ago = Math.round(plot.scales.x.max - split);
             return ago ? `−${ago} s` : "now";

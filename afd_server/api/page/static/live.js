@@ -77,7 +77,7 @@ export class LiveView {
     this._views.forEach((view) => view.show(update));
     const troubles = update.problems.length;
     if (!update.serving) this._say("bad", "Not serving", update.change ?? "");
-    else if (troubles) this._say("caution", "Serving, with trouble", update.change ?? "");
+    else if (troubles) this._say("caution", "Degraded", update.change ?? "");
     else this._say("good", "Serving", update.change ?? "");
     const box = byId("problems");
     box.hidden = !troubles;
