@@ -30,7 +30,6 @@ OPERATOR, CLIENT = "operators-key", "clients-key"
 CONTEXT_TOKENS = 16384  # longer than any test takes to read
 
 
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "mixtral"
