@@ -141,6 +141,7 @@ def run_server(config: ServeConfig, began_s: float | None = None) -> int:
             [listening],
             client_timeout_s=config.client_timeout,
             tls=tls,
+            on_end=app.state.on_end,
         )
         machine = _run_workers(config, spec, service, metrics, _url(listening, "https" if tls else "http"))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -230,6 +231,7 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         priorities=config.tpot_sla_ms is not None,
         default_sampling=read_generation_defaults(config.model),
         max_body_bytes=BODY_BYTES + BODY_BYTES_PER_TOKEN * config.max_model_len,
+        page=not config.disable_ui,
     )
 
 

@@ -9,6 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from afd_server.api.errors import add_error_handlers
 from afd_server.api.gate import Gate
+from afd_server.api.page.routes import add_page_routes
 from afd_server.api.rate_limits import LIMIT_HEADERS, Allowances
 from afd_server.api.request_ids import HEADER, RequestIds
 from afd_server.api.routes.admin import add_admin_routes
@@ -31,8 +32,12 @@ def create_app(
     metrics: Metrics,
     traces: Traces | None = None,
 ) -> FastAPI:
-    """The whole front-end as an ASGI application. `service` may become ready later; until then requests get 503."""
+    """The whole front-end as an ASGI application. `service` may become ready later; until then requests get 503.
+
+    Its state has `on_end`, to be called when the server begins to end: see server.serve.
+    """
     app = FastAPI(title="afd-server", version=settings.version)
+    app.state.on_end = lambda: None
     app.add_middleware(
         Gate,
         keys=settings.keys,
@@ -56,4 +61,6 @@ def create_app(
     add_operator_routes(app, settings, service, metrics)
     add_admin_routes(app, service)
     add_watching_routes(app, service)
+    if settings.page:
+        app.state.on_end = add_page_routes(app, settings, service, metrics).close
     return app

@@ -6,6 +6,7 @@ Plain ASGI, so that nothing of a refused request is read or parsed, and streams 
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import dataclass
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -18,6 +19,21 @@ from afd_server.api.rate_limits import Allowance, Allowances
 from afd_server.errors import RateLimitError
 
 ALLOWANCE = "afd.allowance"
+ACCESS = "afd.access"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a request's sender may do here: ask the model (/v1), operate the server (/admin)."""
+
+    asks_for_key: bool
+    may_ask: bool
+    may_operate: bool
+
+
+def access_of(scope: Scope) -> Access:
+    access: Access = scope[ACCESS]
+    return access
 
 
 def tenant_of(scope: Scope) -> str:
@@ -53,7 +69,8 @@ class Gate:
         scope["root_path"] = self._root_path
         headers = dict(scope["headers"])
         key = self._key_of(headers)
-        refusal = self._refusal(scope, headers, key)
+        access = scope[ACCESS] = self._access(scope, headers, key)
+        refusal = self._refusal(scope, headers, access)
         if refusal is None and key is not None:
             allowance = scope[ALLOWANCE] = self._allowances.of(key)
             send = _with_headers(send, allowance)
@@ -73,20 +90,24 @@ class Gate:
 
         await self._app(scope, bounded, send)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], key: ApiKey | None) -> JSONResponse | None:
+    def _access(self, scope: Scope, headers: dict[bytes, bytes], key: ApiKey | None) -> Access:
+        if self._keys.is_asked_for:
+            return Access(True, key is not None, key is not None and key.is_operator)
+        return Access(False, True, _is_from_here(scope, headers))
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], access: Access) -> JSONResponse | None:
         path = _route(scope)
         for_operators = path.startswith("/admin")
-        guarded = self._keys.is_asked_for and (for_operators or path.startswith("/v1"))
-        if guarded and key is None:
+        if (for_operators or path.startswith("/v1")) and not access.may_ask:
             body = error_body(
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 type="authentication_error",
                 code="invalid_api_key",
             )
             return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
-        if for_operators and guarded and key is not None and not key.is_operator:
-            return _forbidden("this API key does not open /admin: an operator's does")
-        if for_operators and not guarded and not _is_from_here(scope, headers):
+        if for_operators and not access.may_operate:
+            if access.asks_for_key:
+                return _forbidden("this API key does not open /admin: an operator's does")
             return _forbidden("without --api-key, /admin is for clients on the server's own host")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:

@@ -38,6 +38,7 @@ class ApiSettings:
     tool_call_parser, reasoning_parser: names of text.tool_calls.registry and text.reasoning; None: nothing is looked for.
     cross_origin: None: pages of other origins may ask nothing. root_path: see --root-path.
     max_body_bytes: what is read of a request. Its JSON is parsed on the event loop, 20 to 50 ms a megabyte.
+    page: whether a browser finds the page at `/`.
     """
 
     model_name: str
@@ -58,6 +59,7 @@ class ApiSettings:
     enable_auto_tool_choice: bool = True
     exclude_tools_when_tool_choice_none: bool = False
     max_body_bytes: int = BODY_BYTES
+    page: bool = True
 
 
 class OperatedWorkers(Protocol):

@@ -93,12 +93,12 @@ def says(text, finish=FinishReason.STOP, *, step=1, cached_tokens=0, logprob=Non
     return outputs
 
 
-def app_for(service, traces=None, **settings):
+def app_for(service, traces=None, metrics=None, **settings):
     values = {"model_name": "tiny", "max_model_len": 64, "vocab_size": 257, "version": "9", "created": 7}
     values |= {"chat_template": ChatTemplate(TEMPLATE), **settings}
     if "api_key" in values:
         values["keys"] = KeyRing(values.pop("api_key"))
-    return create_app(ApiSettings(**values), service, TOKENIZER, Metrics("tiny"), traces)
+    return create_app(ApiSettings(**values), service, TOKENIZER, metrics or Metrics("tiny"), traces)
 
 
 def client_for(service, traces=None, **settings):
