@@ -97,8 +97,8 @@ def ffn_of(spec: ModelSpec) -> str:
 
 def cache_of(attention: AttentionSpec) -> str:
     if isinstance(attention, MLASpec):
-        return "`kv_lora_rank` + `qk_rope_head_dim`"
-    return "2 × `num_key_value_heads` × `head_dim`" if isinstance(attention, GQASpec) else "2 × `head_dim`"
+        return "latent rank + RoPE dimensions"
+    return "2 × KV heads × head size" if isinstance(attention, GQASpec) else "2 × head size"
 
 
 # --- flags ---------------------------------------------------------------------------------------------------------
