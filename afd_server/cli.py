@@ -110,9 +110,8 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
         return
     converter: Callable[[str], Any] = {"int": int, "float": float, "str": str}[kind]
     choices = setting.metadata["choices"] or None
-    metavar = (
-        None if choices else {"int": "N", "float": "SECONDS", "str": setting.name.split("_")[-1].upper()}[kind]
-    )
+    unit = "MS" if setting.name.endswith("_ms") else "SECONDS"
+    metavar = None if choices else {"int": "N", "float": unit, "str": setting.name.split("_")[-1].upper()}[kind]
     group.add_argument(flag(setting.name), type=converter, choices=choices, metavar=metavar, **common)
 
 

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Self
 
 from afd_server.attention.ffn_group import Connector
-from afd_server.checkpoints.locate import locate_model
+from afd_server.checkpoints.find import find_model
 from afd_server.cluster.layout import link_shape, resolve
 from afd_server.cluster.names import attention_name, ffn_name
 from afd_server.cluster.recording import Recording, local_recorded
@@ -177,7 +177,7 @@ class LLM:
     """A model in this process, split as the configuration says. Not for serving: one caller at a time."""
 
     def __init__(self, config: ServeConfig) -> None:
-        directory = locate_model(config.model)
+        directory = find_model(config.model)
         self.spec = read_model_spec(directory)
         self.config = resolve(config, self.spec, directory)
         self.tokenizer = Tokenizer.load(directory)
