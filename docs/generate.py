@@ -113,20 +113,23 @@ def _stop(parser: Parser, file: object = None) -> None:
     raise _Help(parser)
 
 
-def parsers(command: tuple[str, ...] = ()) -> Iterator[Parser]:
-    """The parser of each command that has flags, as `afd COMMAND --help` would print it."""
+def parsers(command: tuple[str, ...] = (), above: str = "") -> Iterator[Parser]:
+    """The parser of each command that has flags, as `afd COMMAND --help` would print it.
+
+    above: the program that `command` was found in. The choices of an argument that are no commands lead back to it.
+    """
     with mock.patch.object(Parser, "print_help", _stop), contextlib.suppress(SystemExit):
         try:
             cli.main([*command, "--help"])
         except _Help as stopped:
             parser = stopped.parser
     below = [action.choices for action in parser._actions if not action.option_strings and action.choices]
-    if not below:
+    if not below or parser.prog == above:
         yield parser
         return
     known = list(cli.COMMANDS)  # in the order of `afd --help`
     for name in sorted(below[0], key=lambda name: known.index(name) if name in known else 0):
-        yield from parsers((*command, str(name)))
+        yield from parsers((*command, str(name)), parser.prog)
 
 
 def flags_sections() -> str:
