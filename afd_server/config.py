@@ -18,6 +18,11 @@ KERNELS = ("auto", "native", "torch")
 QUANTIZATIONS = ("int8",)
 WIRE_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 TRANSPORTS = ("auto", "inproc", "shm", "tcp", "direct")
+TOOL_CALL_PARSERS = (
+    "auto", "none", "hermes", "llama3_json", "llama4_json", "pythonic", "llama4_pythonic", "mistral", "deepseek_v3",
+    "deepseek_v31", "step3", "step3p5", "qwen3_coder",
+)  # fmt: skip
+REASONING_PARSERS = ("auto", "none", "qwen3", "deepseek_r1", "deepseek_v3", "step3", "mistral")
 MAX_MICRO_BATCHES = 4
 # From this many expert shards on a shard is sent only the rows that it owns an expert of. Below it the whole call is
 # broadcast: a token needs a given one of 2 shards with probability 0.88 in Step-3, of 4 shards with 0.59.
@@ -71,6 +76,24 @@ class ServeConfig:
     )
     client_timeout: float = option(
         60.0, "api", "seconds that a client may take to send a request, or let its answer lie unread"
+    )
+    chat_template: str | None = option(
+        None, "api", "a file, or the template itself in one line; default: the model's own"
+    )
+    tool_call_parser: str = option(
+        "auto", "api", "how the model writes tool calls; auto: as its chat template shows it", TOOL_CALL_PARSERS
+    )
+    enable_auto_tool_choice: bool = option(
+        True, "api", 'let the model call tools by itself (tool_choice "auto")'
+    )
+    exclude_tools_when_tool_choice_none: bool = option(
+        False, "api", 'do not show a request\'s tools to the model for tool_choice "none"'
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "api",
+        "how the model marks its reasoning; auto: as its chat template shows it",
+        REASONING_PARSERS,
     )
     shutdown_timeout: float = option(30.0, "api", "seconds that running requests may take after SIGTERM")
 
@@ -171,7 +194,7 @@ class ServeConfig:
                         "ffn_workers", "ffn_replicas", "max_model_len", "kv_cache_memory_bytes",
                         "placement_timeout", "start_timeout", "heartbeat_timeout", "ffn_timeout", "tpot_sla_ms",
                         "ttft_sla_ms", "client_timeout")  # fmt: skip
-        for name in ("model", "api_key", "served_model_name", "ray_address", "profile"):
+        for name in ("model", "api_key", "served_model_name", "ray_address", "profile", "chat_template"):
             if getattr(self, name) == "":
                 raise ConfigError(flag(name), "is empty")
         if self.api_key is not None and not all(separate_keys(self.api_key)):

@@ -39,9 +39,11 @@ from afd_server.telemetry.metrics import Metrics
 from afd_server.telemetry.straggler_watch import StragglerWatch
 from afd_server.telemetry.stragglers import StragglerReport
 from afd_server.telemetry.worker_metrics import WorkerMetrics
+from afd_server.text import reasoning
 from afd_server.text.chat_template import ChatTemplate
 from afd_server.text.generation_defaults import read_generation_defaults
 from afd_server.text.tokenizer import Tokenizer
+from afd_server.text.tool_calls import registry
 from afd_server.types import GenerationRequest, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -165,12 +167,28 @@ async def _run(front_end: Coroutine[None, None, None], machine: Coroutine[None, 
 
 def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) -> ApiSettings:
     assert config.served_model_name and config.max_model_len
+    template = _chat_template(config, tokenizer)
+    source = "" if template is None else template.source
+    shows_tools = template is not None and template.shows_tools
+    tool_call_parser = _parser(config.tool_call_parser, registry.format_of(source) if shows_tools else None)
+    reasoning_parser = _parser(config.reasoning_parser, reasoning.format_of(source))
+    logger.info(
+        "chats: tool calls are read by %s (--tool-call-parser %s), reasoning by %s (--reasoning-parser %s)",
+        f"the parser {tool_call_parser}" if tool_call_parser else "no parser",
+        config.tool_call_parser,
+        f"the parser {reasoning_parser}" if reasoning_parser else "no parser",
+        config.reasoning_parser,
+    )
     return ApiSettings(
         model_name=config.served_model_name,
         max_model_len=config.max_model_len,
         vocab_size=spec.vocab_size,
         max_logprobs=spec.vocab_size if config.max_logprobs == -1 else config.max_logprobs,
-        chat_template=ChatTemplate.load(config.model, tokenizer.special_tokens),
+        chat_template=template,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
+        enable_auto_tool_choice=config.enable_auto_tool_choice,
+        exclude_tools_when_tool_choice_none=config.exclude_tools_when_tool_choice_none,
         api_key=config.api_key,
         version=__version__,
         created=int(time.time()),
@@ -179,6 +197,17 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         default_sampling=read_generation_defaults(config.model),
         max_body_bytes=BODY_BYTES + BODY_BYTES_PER_TOKEN * config.max_model_len,
     )
+
+
+def _chat_template(config: ServeConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    if config.chat_template is not None:
+        return ChatTemplate.given(config.chat_template, tokenizer.special_tokens)
+    return ChatTemplate.load(config.model, tokenizer.special_tokens)
+
+
+def _parser(named: str, of_template: str | None) -> str | None:
+    """named: a setting. of_template: what the chat template is written for, as far as it can be told."""
+    return of_template if named == "auto" else None if named == "none" else named
 
 
 async def _run_workers(

@@ -11,12 +11,14 @@ import random
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from afd_server.api.chat_prompt import chat_prompt
 from afd_server.api.protocol.chat import ChatCompletionRequest
 from afd_server.api.protocol.generation import CompletionRequest, GenerationFields
 from afd_server.api.settings import ApiSettings
 from afd_server.errors import ModelNotFoundError, PromptTooLongError, RequestError
+from afd_server.text.message_parser import MessageFormat
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.types import GenerationRequest, SamplingParams
 
@@ -54,12 +56,13 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that one body asks for. prompts: as they are run, after truncation."""
+    """All that one body asks for. prompts: as they are run, after truncation. message_format: how a chat's output is read."""
 
     response_id: str
     created: int
     prompts: tuple[Prompt, ...]
     choices: tuple[Choice, ...]
+    message_format: MessageFormat = MessageFormat()  # noqa: RUF009  frozen
 
 
 class Admission:
@@ -98,22 +101,12 @@ class Admission:
                     "add_generation_prompt",
                 )
             body = body.model_copy(update={"add_generation_prompt": False})
-        template = self._settings.chat_template
-        if template is None:
-            raise RequestError("this model has no chat template; use /v1/completions", "messages")
-        text = template.render(
-            [
-                message.model_dump(include={"role", "content", "name"}, exclude_none=True)
-                for message in body.messages
-            ],
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            variables=body.chat_template_kwargs,
-        )
-        (token_ids,) = await self._encode([text], body.add_special_tokens, "messages")
-        prompt = Prompt(tuple(token_ids), text)
+        chat = chat_prompt(body, self._settings)
+        (token_ids,) = await self._encode([chat.text], body.add_special_tokens, "messages")
+        prompt = Prompt(tuple(token_ids), chat.text)
         num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
-        return self._job("chatcmpl", body, tenant, [prompt], "messages", num_logprobs, None)
+        job = self._job("chatcmpl", body, tenant, [prompt], "messages", num_logprobs, None)
+        return replace(job, message_format=chat.message_format)
 
     def _check_model(self, name: str | None) -> None:
         served = self._settings.model_name

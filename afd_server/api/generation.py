@@ -47,9 +47,11 @@ class Piece:
 
 
 class OutputText:
-    """The text of one choice, from its tokens."""
+    """The text of one choice, from its tokens. marks: see run_choice."""
 
-    def __init__(self, choice: Choice, body: GenerationFields, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, choice: Choice, body: GenerationFields, tokenizer: Tokenizer, marks: Sequence[str] = ()
+    ) -> None:
         self._choice = choice
         self._body = body
         self._eos_token_id = tokenizer.eos_token_id
@@ -61,6 +63,7 @@ class OutputText:
             choice.prompt.token_ids,
             skip_special_tokens=body.skip_special_tokens,
             spaces_between_special_tokens=body.spaces_between_special_tokens,
+            kept_special=tokenizer.special_ids(marks) if marks else (),
         )
 
     def take(self, output: RequestOutput) -> Piece:
@@ -137,14 +140,19 @@ class Clock:
 
 
 async def run_choice(
-    service: Service, choice: Choice, body: GenerationFields, tokenizer: Tokenizer, metrics: Metrics
+    service: Service,
+    choice: Choice,
+    body: GenerationFields,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    marks: Sequence[str] = (),
 ) -> AsyncGenerator[Piece, None]:
-    """All pieces of one choice. Raises ServingError when it cannot be finished."""
+    """All pieces of one choice. marks: special tokens that its text shows. Raises ServingError when it cannot be finished."""
     sampling = choice.request.sampling
     if sampling.max_tokens == 0 and sampling.prompt_logprobs is None:  # an echo of the prompt alone
         yield Piece(choice, finish_reason=FinishReason.LENGTH.value)
         return
-    output_text, clock = OutputText(choice, body, tokenizer), Clock(choice, metrics)
+    output_text, clock = OutputText(choice, body, tokenizer, marks), Clock(choice, metrics)
     reason = FinishReason.ABORT.value  # unless one of the lines below is reached
     try:
         piece = Piece(choice)

@@ -24,6 +24,7 @@ class ApiSettings:
     created: when the server started, seconds since 1970. seed: from which seeds of requests without one are drawn.
     priorities: whether requests queue, so that one may go before another.
     default_sampling: request field -> value, for what a request leaves open (text.generation_defaults).
+    tool_call_parser, reasoning_parser: names of text.tool_calls.registry and text.reasoning; None: nothing is looked for.
     max_body_bytes: what is read of a request. Its JSON is parsed on the event loop, 20 to 50 ms a megabyte.
     """
 
@@ -38,6 +39,10 @@ class ApiSettings:
     seed: int = 0
     priorities: bool = False
     default_sampling: Mapping[str, float] = field(default_factory=dict)
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    enable_auto_tool_choice: bool = True
+    exclude_tools_when_tool_choice_none: bool = False
     max_body_bytes: int = BODY_BYTES
 
 

@@ -104,8 +104,8 @@ async def events(
                     opening = answer.opening(piece.choice)
                     if opening is not None:
                         yield event(opening)
-                if _worth_sending(piece, body):
-                    yield event(answer.chunk(piece))
+                if _worth_sending(piece, body) and (chunk := answer.chunk(piece)) is not None:
+                    yield event(chunk)
     except Exception as error:
         if not begun:
             raise

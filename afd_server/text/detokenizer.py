@@ -7,7 +7,7 @@ not grow with the output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from afd_server.text.tokenizer import Tokenizer
 
@@ -32,9 +32,12 @@ class Detokenizer:
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        kept_special: Collection[int] = (),
     ) -> None:
+        """kept_special: special tokens that are not skipped."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._kept_special = kept_special
         self._spaces_between_special_tokens = spaces_between_special_tokens or skip_special_tokens
         self._ids = self._prompt_tail(prompt_token_ids)
         self._num_held = 0
@@ -43,7 +46,8 @@ class Detokenizer:
 
     def add(self, token_id: int) -> str:
         """The text that this token completes; "" while a character is incomplete."""
-        is_skipped = self._skip_special_tokens and self._tokenizer.is_special(token_id)
+        is_special = self._skip_special_tokens and self._tokenizer.is_special(token_id)
+        is_skipped = is_special and token_id not in self._kept_special
         if is_skipped or self._tokenizer.id_to_token(token_id) is None:
             return ""  # never held: a stream of ignored end tokens, or of ids without one, must not grow the window
         after_added = bool(self._ids) and self._tokenizer.is_added(self._ids[-1])
@@ -74,7 +78,8 @@ class Detokenizer:
         return new
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+        skip = self._skip_special_tokens and not self._kept_special  # those to skip are not among them
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip)
 
     def _prompt_tail(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The last tokens of the prompt, a few more where the cut would fall inside a character."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,12 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether it is one of those that `skip_special_tokens` skips."""
         return token_id in self._added and self._added[token_id].special
+
+    def special_ids(self, texts: Collection[str]) -> frozenset[int]:
+        """Of those of `texts` that are special tokens."""
+        return frozenset(
+            token_id for token_id, token in self._added.items() if token.special and token.content in texts
+        )
 
     def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling, or None for an id without a token."""

@@ -46,7 +46,9 @@ class Answer(Protocol):
         """The chunk before a choice's first piece, if there is one."""
         ...
 
-    def chunk(self, piece: Piece) -> dict[str, Any]: ...
+    def chunk(self, piece: Piece) -> dict[str, Any] | None:
+        """None: there is nothing to say yet."""
+        ...
 
     def last(self, usage: Usage) -> dict[str, Any]:
         """The chunk that carries the usage and no choice."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictBool, StrictStr
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictStr, ValidationInfo
 
-from afd_server.api.protocol.fields import FIRST, Body, NotServed, Unused, refuse_except
+from afd_server.api.protocol.fields import FIRST, Body, NotServed, refuse_except
+from afd_server.api.protocol.functions import MAX_CALLS, MAX_TOOLS, PastCall, Tool, ToolChoice
 from afd_server.api.protocol.generation import GenerationFields, MaxTokens, NumLogprobs
 
 MAX_MESSAGES = 4096
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def _content(value: Any) -> Any:
@@ -25,17 +28,49 @@ def _content(value: Any) -> Any:
     return "\n".join(texts)
 
 
+def _calls(value: Any, info: ValidationInfo) -> Any:
+    if value and info.data.get("role") not in (None, "assistant"):
+        raise ValueError("only the assistant's messages have them")
+    return value
+
+
+def _call_id(value: Any, info: ValidationInfo) -> Any:
+    """Says which call a tool's message answers."""
+    role = info.data.get("role")
+    if value is None and role == "tool":
+        raise ValueError("a tool's message must have it")
+    if value is not None and role not in (None, "tool"):
+        raise ValueError("only a tool's messages have it")
+    return value
+
+
+def _needed_content(value: Any, info: ValidationInfo) -> Any:
+    if value is None and not info.data.get("tool_calls"):
+        raise ValueError("the field is required")
+    return value
+
+
+CHECKED = Field(validate_default=True)
+
+
 class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[StrictStr, BeforeValidator(_content)]
+    """content goes last: whether it may be missing depends on what stands before it."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     name: StrictStr | None = None
     refusal: NotServed = None
     annotations: NotServed = None
     audio: NotServed = None
-    tool_calls: NotServed = None
-    tool_call_id: NotServed = None
     function_call: NotServed = None
-    reasoning_content: NotServed = None
+    reasoning_content: StrictStr | None = None
+    reasoning: StrictStr | None = None
+    tool_calls: Annotated[list[PastCall] | None, FIRST, AfterValidator(_calls), Field(max_length=MAX_CALLS)] = (
+        None
+    )
+    tool_call_id: Annotated[StrictStr | None, AfterValidator(_call_id), CHECKED] = None
+    content: Annotated[
+        StrictStr | None, BeforeValidator(_content), AfterValidator(_needed_content), CHECKED
+    ] = None
 
 
 class ChatCompletionRequest(GenerationFields):
@@ -48,13 +83,13 @@ class ChatCompletionRequest(GenerationFields):
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[StrictStr, Any] | None = None
 
-    tools: NotServed = None
-    tool_choice: Annotated[Any, refuse_except("none", "auto")] = None
+    tools: Annotated[list[Tool], FIRST, Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: StrictBool = True
     functions: NotServed = None
     function_call: Annotated[Any, refuse_except("none", "auto")] = None
-    parallel_tool_calls: Unused = None
-    include_reasoning: Unused = None
-    reasoning_effort: Annotated[Any, refuse_except("none")] = None
+    include_reasoning: StrictBool = True
+    reasoning_effort: ReasoningEffort | None = None
     verbosity: NotServed = None
     modalities: Annotated[Any, refuse_except(["text"])] = None
     audio: NotServed = None

@@ -27,7 +27,10 @@ def add_generation_routes(
     admission = Admission(settings, tokenizer)
 
     async def respond(request: Request, body: GenerationFields, job: Job, answer: Answer) -> Response:
-        pieces = interleave([run_choice(service, choice, body, tokenizer, metrics) for choice in job.choices])
+        marks = job.message_format.marks
+        pieces = interleave(
+            [run_choice(service, choice, body, tokenizer, metrics, marks) for choice in job.choices]
+        )
         usage = Usage(job)
         try:
             if not body.stream:

@@ -117,7 +117,7 @@ async def test_a_chat_may_use_the_rest_of_the_context(fields, expected):
         ("messages.0.content", {"messages": [{"role": "user"}]}),
         ("messages.0.content", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
         (
-            "messages.0.tool_calls",
+            "messages.0.tool_calls.0.function",
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
         ),
         ("top_logprobs", {"top_logprobs": 3}),

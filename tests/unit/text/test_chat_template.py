@@ -3,7 +3,7 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from afd_server.errors import ModelError, RequestError
+from afd_server.errors import ConfigError, ModelError, RequestError
 from afd_server.text.chat_template import ChatTemplate
 from tests.unit.text.tiny_tokenizers import byte_level
 
@@ -86,3 +86,47 @@ def test_templates_that_cannot_be_used(tmp_path):
     )
     with pytest.raises(ModelError, match="rag"):
         ChatTemplate.load(tmp_path, {})
+
+
+def test_tools_have_a_template_of_their_own_where_the_model_has_one(tmp_path):
+    several = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "{{ tools | tojson }}"},
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    template = ChatTemplate.load(tmp_path, {})
+    assert template.render(MESSAGES) == "plain"
+    assert template.render(MESSAGES, tools=[{"type": "function"}]) == '[{"type": "function"}]'
+    assert template.shows_tools and "tojson" in template.source
+
+
+@pytest.mark.parametrize(
+    ("source", "shows", "as_text"),
+    [
+        ("{{ messages[0].content }}", False, False),
+        ("{{ tools | tojson }}", True, False),
+        ("{{ raise_exception('no') }}", False, False),
+        ("{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}", False, False),
+        ("{% for m in messages if m.tool_calls %}{{ 'a' + m.tool_calls[0].function.arguments }}{% endfor %}", False, True),
+    ],
+)  # fmt: skip
+def test_what_a_template_does_with_tools(source, shows, as_text):
+    template = ChatTemplate(source)
+    assert (template.shows_tools, template.wants_arguments_as_text) == (shows, as_text)
+
+
+def test_which_names_a_template_takes():
+    template = ChatTemplate(
+        "{% if not thinking is defined %}{% set thinking = 1 %}{% endif %}{% set own = 2 %}{{ own }}{{ strftime_now('') }}"
+    )
+    assert "thinking" in template.names and "own" not in template.names
+
+
+def test_a_template_given_at_the_start(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ bos_token }}file")
+    assert ChatTemplate.given(str(file), {"bos_token": "<s>"}).render(MESSAGES) == "<s>file"
+    assert ChatTemplate.given("{{ bos_token }}inline", {"bos_token": "<s>"}).render(MESSAGES) == "<s>inline"
+    for wrong in (str(tmp_path / "none.jinja"), "{% if %}", "{{ a }}" * 200_000):
+        with pytest.raises(ConfigError, match="--chat-template"):
+            ChatTemplate.given(wrong, {})

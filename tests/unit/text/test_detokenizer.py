@@ -171,3 +171,17 @@ def test_what_did_not_count_does_not_count_later():
     stop = StopStrings(["abab", "b"])
     text = stop.feed("a", may_stop=False) + stop.feed("b", may_stop=False) + stop.feed("x") + stop.flush()
     assert (text, stop.found) == ("abx", None)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_special_tokens_that_are_kept(kind):
+    """A mark that is a special token shows; other special tokens do not, nor does the prompt's."""
+    backend = KINDS[kind]()
+    backend.add_special_tokens(["[CALL]"])
+    tokenizer = Tokenizer(backend)
+    kept = tokenizer.special_ids(["[CALL]", "no token"])
+    assert kept == {tokenizer.vocab_size - 1}
+    ids = tokenizer.encode("ab[CALL]c</s>", add_special_tokens=False)
+    prompt = tokenizer.encode("<s>hi [CALL]", add_special_tokens=False)
+    assert "".join(streamed(tokenizer, ids, prompt)).replace(" ", "") == "abc"
+    assert "".join(streamed(tokenizer, ids, prompt, kept_special=kept)).replace(" ", "") == "ab[CALL]c"
