@@ -65,7 +65,9 @@ class ChatAnswer:
 
     def _deltas(self, piece: Piece) -> Sequence[MessageDelta]:
         index = piece.choice.index
-        parser = self._parsers.setdefault(index, self._format.parser())
+        if index not in self._parsers:
+            self._parsers[index] = self._format.parser()
+        parser = self._parsers[index]
         deltas = [parser.feed(piece.text)] if piece.text else []
         if piece.finish_reason is not None:
             deltas.append(parser.finish())
