@@ -3,6 +3,7 @@
 #   make serve       the default model, 1 attention and 1 FFN worker, on http://127.0.0.1:8000
 #   make serve-moe   the same model as a mixture of 8 experts, 1 attention and 2 FFN workers
 #   make test        lint, types and tests
+#   make docs        the site of docs/, into build/site
 #   make chaos       workers and front-end killed under load for MINUTES=30, and a table of what came of it
 #   ARGS="--port 9000 --micro-batches 2" make serve      any flag of `afd serve`
 
@@ -13,7 +14,7 @@ AFD := $(VENV)/bin/afd
 ARGS ?=
 MINUTES ?= 30
 
-.PHONY: setup serve serve-moe test lint chaos format clean
+.PHONY: setup serve serve-moe test lint docs chaos format clean
 
 setup: $(VENV)/.ready
 
@@ -45,6 +46,9 @@ lint: $(VENV)/.ready-dev
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+docs: $(VENV)/.ready-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 chaos: $(VENV)/.ready-dev
 	$(VENV)/bin/python -m tests.chaos.run --minutes $(MINUTES) $(ARGS)

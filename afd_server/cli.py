@@ -106,9 +106,8 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
         return
     converter: Callable[[str], Any] = {"int": int, "float": float, "str": str}[kind]
     choices = setting.metadata["choices"] or None
-    metavar = (
-        None if choices else {"int": "N", "float": "SECONDS", "str": setting.name.split("_")[-1].upper()}[kind]
-    )
+    unit = "MS" if setting.name.endswith("_ms") else "SECONDS"
+    metavar = None if choices else {"int": "N", "float": unit, "str": setting.name.split("_")[-1].upper()}[kind]
     group.add_argument(flag(setting.name), type=converter, choices=choices, metavar=metavar, **common)
 
 
@@ -281,24 +280,6 @@ def simulate(argv: Sequence[str]) -> int:
     return simulate(argv)
 
 
-def top(argv: Sequence[str]) -> int:
-    from afd_server.watching.command import top
-
-    return top(argv)
-
-
-def report(argv: Sequence[str]) -> int:
-    from afd_server.watching.command import report
-
-    return report(argv)
-
-
-def trace(argv: Sequence[str]) -> int:
-    from afd_server.watching.command import trace
-
-    return trace(argv)
-
-
 def profile(argv: Sequence[str]) -> int:
     from afd_server.profiling.command import profile
 
@@ -310,9 +291,6 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "workers": (workers, "show a running server's workers"),
     "scale": (scale, "add or remove them"),
     "restart": (restart, "renew them one by one"),
-    "top": (top, "watch it, once a second"),
-    "report": (report, "which of its workers, layers or experts is slow"),
-    "trace": (trace, "record every hop of its workers"),
     "bench": (bench, "measure any server under load"),
     "plan": (plan, "what a model costs, and the layout that suits it"),
     "simulate": (simulate, "a deployment under traffic and failures, in simulated time"),

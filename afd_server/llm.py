@@ -21,7 +21,7 @@ from functools import partial
 from typing import Self
 
 from afd_server.attention.ffn_group import Connector
-from afd_server.checkpoints.locate import locate_model
+from afd_server.checkpoints.find import find_model
 from afd_server.cluster.layout import link_shape, resolve
 from afd_server.cluster.names import attention_name, ffn_name
 from afd_server.cluster.recording import Recording, local_recorded
@@ -38,14 +38,7 @@ from afd_server.transport.connect import connect
 from afd_server.transport.direct import DirectLink
 from afd_server.transport.inproc import InprocListener
 from afd_server.transport.listener import SocketListener
-from afd_server.types import (
-    GenerationRequest,
-    RequestOutput,
-    SamplingParams,
-    WorkerState,
-    WorkerTotals,
-    WorkerTrace,
-)
+from afd_server.types import GenerationRequest, RequestOutput, SamplingParams, WorkerState, WorkerTrace
 
 NOT_HERE = "the workers of --executor local are threads of one process: they are neither scaled nor restarted (use --executor ray)"
 
@@ -140,13 +133,9 @@ class LocalWorkers:
     async def trace(self, seconds: float) -> list[WorkerTrace]:
         """See OperatedWorkers.trace."""
         workers: list[AttentionReplica | FFNServer] = [*self.attention, *self.ffn]
-        recorded = [local_recorded(worker.name, worker.recorder) for worker in workers]
-        return await self._recording.run(recorded, seconds)
-
-    async def totals(self) -> list[WorkerTotals]:
-        """See OperatedWorkers.totals."""
-        workers: list[AttentionReplica | FFNServer] = [*self.attention, *self.ffn]
-        return [worker.totals() for worker in workers]
+        return await self._recording.run(
+            [local_recorded(worker.name, worker.recorder) for worker in workers], seconds
+        )
 
     def health(self) -> list[str]:
         """One sentence for each worker whose thread has ended."""
@@ -177,7 +166,7 @@ class LLM:
     """A model in this process, split as the configuration says. Not for serving: one caller at a time."""
 
     def __init__(self, config: ServeConfig) -> None:
-        directory = locate_model(config.model)
+        directory = find_model(config.model)
         self.spec = read_model_spec(directory)
         self.config = resolve(config, self.spec, directory)
         self.tokenizer = Tokenizer.load(directory)

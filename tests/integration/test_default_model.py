@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from tests.server_process import Server, afd
 pytestmark = pytest.mark.integration
 
 COMPOSE = Path(__file__).parents[2] / "deploy" / "docker-compose.yaml"
+SHOWN = Path(__file__).parents[2] / "docs" / "examples"
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
 
 
@@ -100,6 +104,29 @@ def test_n_choices_and_a_seed(client):
     first = ask()
     assert len(set(first)) > 1
     assert ask() == first
+
+
+# Program -> what it prints, of many words. Those with a server find it by their environment.
+EXAMPLES = {
+    "chat.py": r"Paris\.\n\d+ tokens in, \d+ tokens out\n\w+",
+    "curl.sh": r'"id":"smol".*Paris.*"text":" four".*data: \[DONE\]',
+    "batch.py": r"(0\.\d\d a token: The capital of France is'.*'\n){2}(0\.\d\d a token: Water freezes at.*\n){2}",
+    "offline.py": r"The capital of France is Paris.*\nThe opposite of hot is cold",
+    "plan.py": r"(\d+ attention and \d+ FFN workers: \d+ tokens/s a card.*\n)+start the first with: afd serve",
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run_as_they_are_shown(server, name):
+    program = ["bash" if name.endswith(".sh") else sys.executable, str(SHOWN / name)]
+    environment = {**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1"}
+    run = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert re.search(EXAMPLES[name], run.stdout, re.S), run.stdout
+
+
+def test_every_example_is_run():
+    assert set(EXAMPLES) == {path.name for path in SHOWN.iterdir() if path.suffix in (".py", ".sh")}
 
 
 def test_32_concurrent_streams_finish_and_afd_bench_counts_what_the_server_counts(server):
