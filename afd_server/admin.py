@@ -27,8 +27,8 @@ class AdminError(ServingError):
 
 def show_workers(url: str, api_key: str | None) -> int:
     """Prints every worker; gives the exit code."""
-    with _client(url, api_key) as client:
-        answer = _ask(client, "GET", "/admin/workers")
+    with operator_client(url, api_key) as client:
+        answer = ask(client, "GET", "/admin/workers")
     for line in table(answer["workers"]):
         print(line)
     if answer["change"]:
@@ -41,13 +41,13 @@ def change(url: str, api_key: str | None, path: str, body: Mapping[str, Any] | N
 
     Gives the exit code. Raises AdminError when the server refuses, which has changed nothing then.
     """
-    with _client(url, api_key) as client, _client(url, api_key) as observer:
+    with operator_client(url, api_key) as client, operator_client(url, api_key) as observer:
         over = threading.Event()
-        before = _states(_ask(client, "GET", "/admin/workers"))
+        before = _states(ask(client, "GET", "/admin/workers"))
         watching = threading.Thread(target=_tell_progress, args=(observer, before, over), daemon=True)
         watching.start()
         try:
-            answer = _ask(client, "POST", path, body)
+            answer = ask(client, "POST", path, body)
         finally:
             over.set()
             watching.join()
@@ -72,7 +72,7 @@ def table(workers: Sequence[Mapping[str, Any]]) -> list[str]:
 def _tell_progress(client: httpx.Client, before: dict[str, str], over: threading.Event) -> None:
     while not over.wait(LOOK_EVERY_S):
         try:
-            now = _states(_ask(client, "GET", "/admin/workers"))
+            now = _states(ask(client, "GET", "/admin/workers"))
         except AdminError:
             continue  # whoever asked for the change is told
         for worker, state in now.items():
@@ -87,14 +87,16 @@ def _states(answer: Mapping[str, Any]) -> dict[str, str]:
     return {worker["name"]: worker["state"] for worker in answer["workers"]}
 
 
-def _client(url: str, api_key: str | None) -> httpx.Client:
+def operator_client(url: str, api_key: str | None, timeout: httpx.Timeout = CHANGE_TIMEOUT) -> httpx.Client:
+    """With the first of several keys: it is the one that opens /admin."""
     if "://" not in url:
         url = f"http://{url}"
     headers = {"Authorization": f"Bearer {separate_keys(api_key)[0]}"} if api_key else {}
-    return httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=CHANGE_TIMEOUT)
+    return httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout)
 
 
-def _ask(client: httpx.Client, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def ask(client: httpx.Client, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The answer. Raises AdminError."""
     try:
         response = client.request(method, path, json=body)
         answer = response.json()
@@ -103,5 +105,13 @@ def _ask(client: httpx.Client, method: str, path: str, body: Mapping[str, Any] |
     except ValueError:
         raise AdminError(f"{client.base_url}{path}: the answer is not an afd server's") from None
     if response.status_code != 200:
-        raise AdminError(str(answer.get("error", {}).get("message", answer)))
+        raise AdminError(problem_of(response))
     return dict(answer)
+
+
+def problem_of(response: httpx.Response) -> str:
+    """Why the server refuses, in its own words where it has any."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"{response.url}: {response.status_code} {response.reason_phrase}"

@@ -280,6 +280,24 @@ def simulate(argv: Sequence[str]) -> int:
     return simulate(argv)
 
 
+def top(argv: Sequence[str]) -> int:
+    from afd_server.watching.command import top
+
+    return top(argv)
+
+
+def report(argv: Sequence[str]) -> int:
+    from afd_server.watching.command import report
+
+    return report(argv)
+
+
+def trace(argv: Sequence[str]) -> int:
+    from afd_server.watching.command import trace
+
+    return trace(argv)
+
+
 def profile(argv: Sequence[str]) -> int:
     from afd_server.profiling.command import profile
 
@@ -291,6 +309,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "workers": (workers, "show a running server's workers"),
     "scale": (scale, "add or remove them"),
     "restart": (restart, "renew them one by one"),
+    "top": (top, "watch it, once a second"),
+    "report": (report, "which of its workers, layers or experts is slow"),
+    "trace": (trace, "record every hop of its workers"),
     "bench": (bench, "measure any server under load"),
     "plan": (plan, "what a model costs, and the layout that suits it"),
     "simulate": (simulate, "a deployment under traffic and failures, in simulated time"),

@@ -38,7 +38,14 @@ from afd_server.transport.connect import connect
 from afd_server.transport.direct import DirectLink
 from afd_server.transport.inproc import InprocListener
 from afd_server.transport.listener import SocketListener
-from afd_server.types import GenerationRequest, RequestOutput, SamplingParams, WorkerState, WorkerTrace
+from afd_server.types import (
+    GenerationRequest,
+    RequestOutput,
+    SamplingParams,
+    WorkerState,
+    WorkerTotals,
+    WorkerTrace,
+)
 
 NOT_HERE = "the workers of --executor local are threads of one process: they are neither scaled nor restarted (use --executor ray)"
 
@@ -133,9 +140,13 @@ class LocalWorkers:
     async def trace(self, seconds: float) -> list[WorkerTrace]:
         """See OperatedWorkers.trace."""
         workers: list[AttentionReplica | FFNServer] = [*self.attention, *self.ffn]
-        return await self._recording.run(
-            [local_recorded(worker.name, worker.recorder) for worker in workers], seconds
-        )
+        recorded = [local_recorded(worker.name, worker.recorder) for worker in workers]
+        return await self._recording.run(recorded, seconds)
+
+    async def totals(self) -> list[WorkerTotals]:
+        """See OperatedWorkers.totals."""
+        workers: list[AttentionReplica | FFNServer] = [*self.attention, *self.ffn]
+        return [worker.totals() for worker in workers]
 
     def health(self) -> list[str]:
         """One sentence for each worker whose thread has ended."""

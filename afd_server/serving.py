@@ -36,6 +36,8 @@ from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.router import Router
 from afd_server.telemetry.logs import configure_logging
 from afd_server.telemetry.metrics import Metrics
+from afd_server.telemetry.straggler_watch import StragglerWatch
+from afd_server.telemetry.stragglers import StragglerReport
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.text import reasoning
 from afd_server.text.chat_template import ChatTemplate
@@ -64,8 +66,9 @@ class Workers(OperatedWorkers, Protocol):
 class Service:
     """What the front-end sees: requests and health, also while there is no worker yet."""
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(self, workers: Workers, metrics: Metrics) -> None:
         self.workers = workers
+        self.watch = StragglerWatch(workers.totals, metrics.stragglers)
         self._router: Router | None = None
 
     def open(self, router: Router) -> None:
@@ -81,6 +84,9 @@ class Service:
         async with aclosing(self._router.generate(request)) as outputs:
             async for output in outputs:
                 yield output
+
+    async def stragglers(self) -> StragglerReport:
+        return await self.watch.report()
 
     def health(self) -> list[str]:
         if self._router is None:
@@ -106,7 +112,7 @@ def run_server(config: ServeConfig) -> int:
     )
     workers = _workers(config)
     try:
-        service = Service(workers)
+        service = Service(workers, metrics)
         app = create_app(settings, service, tokenizer, metrics)
         front_end = serve(
             app,
@@ -226,7 +232,11 @@ async def _run_workers(
     ) as router:
         service.open(router)
         print(_ready_lines(config, spec, started, url, time.monotonic() - began), flush=True)
-        await service.workers.supervise(router, metrics.workers)
+        watching = asyncio.create_task(service.watch.run())
+        try:
+            await service.workers.supervise(router, metrics.workers)
+        finally:
+            watching.cancel()
 
 
 def _admission(config: ServeConfig, metrics: Metrics) -> Admission | None:

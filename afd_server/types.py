@@ -281,8 +281,8 @@ class WorkerState:
 class HopSpan:
     """A stretch of time in a worker's life, began_s to ended_s, spent for one layer of one micro-batch of a step.
 
-    name, in an attention worker: "attention" (computing a layer's part), "bubble" (its thread waits for an answer),
-    "sampling" (the LM head and the choice of tokens: no layer, -1), and beside its thread, one for each FFN worker that is
+    name, in an attention worker: "attention" (computing a layer's part), "send" (handing the call over; none where a kernel makes the
+    hops by itself), "bubble" (its thread waits for an answer), "sampling" (the LM head and the choice of tokens: no layer, -1), and beside its thread, one for each FFN worker that is
     asked: "call" (from handing it over to its answer), in it "wire out" and "wire back".
     In an FFN worker: "queue" (the call is there, the worker at something else) and "ffn" (computing it).
     peer: the worker that the call goes to, or comes from. rows: of the call, tokens; 0 where there is none.
@@ -307,6 +307,44 @@ class WorkerTrace:
     role: str
     spans: tuple[HopSpan, ...]
     num_missing: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTotal:
+    """Sums of a layer's share of a worker's work: seconds of computing, batches that were computed, and their rows."""
+
+    seconds: float = 0.0
+    batches: int = 0
+    rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WaitTotal:
+    """Sums of an attention worker's calls to one FFN worker: how many were answered, the seconds that it computed them and that they
+    lay there before, by its own word, and those that the caller's thread stood waiting for it, beyond its wait for those asked before."""
+
+    worker: str
+    calls: int = 0
+    ffn_s: float = 0.0
+    queue_s: float = 0.0
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTotals:
+    """What a worker has done since it was loaded: sums that only grow.
+
+    layers: by layer, an attention worker's own computing or an FFN worker's. waits: of an attention worker. expert_tokens: of an
+    FFN worker, by layer: how often each of its experts was chosen, from number first_expert on; empty for a worker whose experts
+    another one of its replica counts as well.
+    """
+
+    worker: str
+    role: str
+    layers: tuple[LayerTotal, ...] = ()
+    waits: tuple[WaitTotal, ...] = ()
+    first_expert: int = 0
+    expert_tokens: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ PACKAGE = "afd_server"
 
 # Imports go down only. Rooms of one level may use each other except where the level is marked apart.
 LEVELS = {
-    7: {"cli", "llm", "chat", "admin", "serving", "profiling", "__main__"},
+    7: {"cli", "llm", "chat", "admin", "serving", "profiling", "watching", "__main__"},
     6: {"api", "cluster", "simulator"},
     5: {"router"},
     4: {"engine", "attention", "ffn"},
@@ -43,7 +43,7 @@ RESERVED = {
     "fastapi": {"api"},
     "aiohttp": {"bench.client"},
     "uvicorn": {"api"},
-    "prometheus_client": {"api", "telemetry"},
+    "prometheus_client": {"api", "telemetry", "watching.samples"},
     # Bytes from elsewhere never become objects of any type.
     "pickle": set(),
     "cPickle": set(),

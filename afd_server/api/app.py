@@ -10,6 +10,7 @@ from afd_server.api.routes.admin import add_admin_routes
 from afd_server.api.routes.generation import add_generation_routes
 from afd_server.api.routes.models import add_model_routes
 from afd_server.api.routes.operators import add_operator_routes
+from afd_server.api.routes.watching import add_watching_routes
 from afd_server.api.settings import ApiSettings, Service
 from afd_server.telemetry.metrics import Metrics
 from afd_server.text.tokenizer import Tokenizer
@@ -24,4 +25,5 @@ def create_app(settings: ApiSettings, service: Service, tokenizer: Tokenizer, me
     add_model_routes(app, settings)
     add_operator_routes(app, settings, service, metrics)
     add_admin_routes(app, service)
+    add_watching_routes(app, service)
     return app

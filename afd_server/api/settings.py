@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from afd_server.telemetry.stragglers import StragglerReport
 from afd_server.text.chat_template import ChatTemplate
-from afd_server.types import GenerationRequest, RequestOutput, WorkerState, WorkerTrace
+from afd_server.types import GenerationRequest, RequestOutput, WorkerState, WorkerTotals, WorkerTrace
 
 # Room for a body's fields, its batch of prompts or its messages, and more of it for the tokens of a longer context.
 BODY_BYTES = 4 * 2**20
@@ -70,6 +71,10 @@ class OperatedWorkers(Protocol):
         """
         ...
 
+    async def totals(self) -> list[WorkerTotals]:
+        """What each worker has done since it was loaded; of those that answer."""
+        ...
+
 
 class Service(Protocol):
     """Whatever generates. Closing the iterator early frees what the request holds."""
@@ -79,6 +84,10 @@ class Service(Protocol):
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
         """All that the request gives, until an output with a finish_reason. Raises UnavailableError."""
+        ...
+
+    async def stragglers(self) -> StragglerReport:
+        """Which worker, layer or expert is slow."""
         ...
 
     def health(self) -> list[str]:

@@ -13,13 +13,12 @@ from afd_server.kernels.hop import LayerRun
 from afd_server.telemetry.hop_recorder import HopRecorder
 from afd_server.telemetry.layer_totals import LayerTotals
 from afd_server.transport.base import Answer, CallTag
-from afd_server.types import HopSpan
+from afd_server.types import HopSpan, WaitTotal
 
 
 @dataclass(slots=True)
-class WorkerTotals:
-    """Of one FFN worker, since this attention worker was loaded: calls it answered, the seconds that it says it computed and they
-    lay in its queue, and those that this side's thread stood waiting for them."""
+class _Waits:
+    """See types.WaitTotal."""
 
     calls: int = 0
     ffn_s: float = 0.0
@@ -28,13 +27,13 @@ class WorkerTotals:
 
 
 class HopNotes:
-    """layers: computing here, of each layer. workers: waiting, by the FFN worker's index. computing_since: when the thread last had
+    """layers: computing here, of each layer. computing_since: when the thread last had
     nothing to wait for, monotonic seconds."""
 
     def __init__(self, num_layers: int) -> None:
         self.recorder = HopRecorder()
         self.layers = LayerTotals(num_layers)
-        self.workers: dict[int, WorkerTotals] = {}
+        self._waits: dict[int, _Waits] = {}
         self.computing_since = time.monotonic()
 
     def computed(self, tag: CallTag, rows: int, until: float, now: float) -> None:
@@ -42,18 +41,18 @@ class HopNotes:
         since, self.computing_since = self.computing_since, now
         self.layers.note(tag.layer, until - since, rows)
         if self.recorder.windows:
-            self.recorder.note(
-                HopSpan("attention", since, until, tag.step, tag.layer, tag.micro_batch, "", rows)
-            )
+            at = (tag.step, tag.layer, tag.micro_batch, "", rows)
+            self.recorder.note(HopSpan("attention", since, until, *at))
+            self.recorder.note(HopSpan("send", until, now, *at))
 
     def answered(self, tag: CallTag, worker: int, answer: Answer, moments: tuple[float, float, float]) -> None:
         """moments: when the call left, when its answer began to be waited for, and when it was there."""
         sent_at, since, received_at = moments
-        totals = self._of(worker)
-        totals.calls += 1
-        totals.ffn_s += answer.ffn_us * 1e-6
-        totals.queue_s += answer.queue_us * 1e-6
-        totals.waited_s += received_at - since
+        waits = self._of(worker)
+        waits.calls += 1
+        waits.ffn_s += answer.ffn_us * 1e-6
+        waits.queue_s += answer.queue_us * 1e-6
+        waits.waited_s += received_at - since
         if self.recorder.windows:
             at = (tag.step, tag.layer, tag.micro_batch, f"ffn-{worker}", len(answer.y))
             self.recorder.note(HopSpan("bubble", since, received_at, *at))
@@ -61,10 +60,10 @@ class HopNotes:
 
     def ran(self, tag: CallTag, worker: int, run: LayerRun, rows: int) -> None:
         """A kernel made the hops of the first layers by itself, and has added to their totals."""
-        totals = self._of(worker)
-        totals.calls += run.answered
-        totals.ffn_s += run.ffn_s
-        totals.waited_s += run.waiting_s
+        waits = self._of(worker)
+        waits.calls += run.answered
+        waits.ffn_s += run.ffn_s
+        waits.waited_s += run.waiting_s
         if self.recorder.windows:
             for layer, times in enumerate(run.times[: run.answered]):
                 at = (tag.step, layer, tag.micro_batch)
@@ -83,8 +82,15 @@ class HopNotes:
             self.recorder.note(HopSpan("sampling", self.computing_since, now, step, -1, micro_batch, "", rows))
         self.computing_since = now
 
-    def _of(self, worker: int) -> WorkerTotals:
-        totals = self.workers.get(worker)
-        if totals is None:
-            totals = self.workers[worker] = WorkerTotals()
-        return totals
+    def waits(self) -> tuple[WaitTotal, ...]:
+        """By FFN worker. Callable from any thread."""
+        return tuple(
+            WaitTotal(f"ffn-{index}", each.calls, each.ffn_s, each.queue_s, each.waited_s)
+            for index, each in sorted(self._waits.copy().items())
+        )
+
+    def _of(self, worker: int) -> _Waits:
+        waits = self._waits.get(worker)
+        if waits is None:
+            waits = self._waits[worker] = _Waits()
+        return waits

@@ -30,7 +30,7 @@ from afd_server.cluster.names import attention_name, ffn_name
 from afd_server.config import ServeConfig
 from afd_server.errors import ServingError, StartError
 from afd_server.telemetry.logs import configure_logging
-from afd_server.types import HopSpan
+from afd_server.types import HopSpan, WorkerTotals
 
 if TYPE_CHECKING:
     from afd_server.cluster.hosting import AttentionHost, FFNHost, Loaded
@@ -130,6 +130,11 @@ class WorkerActor:
         """See HopRecorder.end."""
         host = self._host
         return host.worker.recorder.end(number) if host is not None else ([], 0)
+
+    def totals(self) -> WorkerTotals | None:
+        """What its worker has done since it was loaded; None without one."""
+        host = self._host
+        return host.worker.totals() if host is not None else None
 
     def sentinel(self) -> str:
         """Fails with the process. Returns, with the reason, when the worker's thread has ended by itself: the process is

@@ -38,7 +38,7 @@ from afd_server.cluster.placement import (
     was_given_back,
     why_unplaced,
 )
-from afd_server.cluster.recording import Recording
+from afd_server.cluster.recording import Recording, all_totals
 from afd_server.cluster.rescale import Rescaler
 from afd_server.cluster.restarts import Restarts
 from afd_server.cluster.supervisor import Supervisor
@@ -50,7 +50,7 @@ from afd_server.errors import RayLostError, StartError, UnavailableError
 from afd_server.router.router import Router
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.control import ControlClient
-from afd_server.types import WorkerState, WorkerTrace
+from afd_server.types import WorkerState, WorkerTotals, WorkerTrace
 
 logger = logging.getLogger(__name__)
 
@@ -274,8 +274,14 @@ class RayCluster:
 
     async def trace(self, seconds: float) -> list[WorkerTrace]:
         """See OperatedWorkers.trace."""
-        members = [member for member in self._supervisor.all_members() if member.down_since is None]
-        return await self._recording.run([member.recorded() for member in members], seconds)
+        return await self._recording.run([member.recorded() for member in self._serving()], seconds)
+
+    async def totals(self) -> list[WorkerTotals]:
+        """See OperatedWorkers.totals."""
+        return await all_totals({member.name: member.actor.totals.remote() for member in self._serving()})
+
+    def _serving(self) -> list[Member]:
+        return [member for member in self._supervisor.all_members() if member.down_since is None]
 
     def _opened(self) -> Rescaler:
         if self._rescaler is None:

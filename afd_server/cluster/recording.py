@@ -1,6 +1,6 @@
-"""One recording of all workers' hops: each is told to begin, their clocks are compared, and what each has is put together.
+"""What all workers tell of their work: one recording of their hops, on one clock, and the sums of what they have done.
 
-What lives here: the course of it, and its bounds. What does not: the recording in a worker (telemetry/hop_recorder.py), and what the
+What lives here: asking them, and the bounds of it. What does not: the recording in a worker (telemetry/hop_recorder.py), and what the
 spans of several workers tell together (telemetry/hop_trace.py). Imports no ray. Runs on the front-end's event loop.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from afd_server.errors import TooManyRecordingsError
 from afd_server.telemetry.hop_recorder import HopRecorder
 from afd_server.telemetry.hop_trace import aligned, assembled, clock_offset_s
-from afd_server.types import HopSpan, WorkerTrace
+from afd_server.types import HopSpan, WorkerTotals, WorkerTrace
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -73,13 +73,30 @@ class Recording:
             )
         self._under_way += 1
         try:
-            traces = await asyncio.gather(*(_record(worker, seconds) for worker in workers))
+            recorded = await asyncio.gather(*(_record(worker, seconds) for worker in workers))
         finally:
             self._under_way -= 1
-        return assembled([trace for trace in traces if trace is not None])
+        known = [each for each in recorded if each is not None]
+        far = {trace.worker for trace, offset_s in known if offset_s}
+        return assembled([trace for trace, _ in known], far)
 
 
-async def _record(worker: Recorded, seconds: float) -> WorkerTrace | None:
+async def all_totals(asked: Mapping[str, Awaitable[WorkerTotals | None]]) -> list[WorkerTotals]:
+    """The answers to a question that each worker has been asked; of those that give one in time."""
+
+    async def one(worker: str, answer: Awaitable[WorkerTotals | None]) -> WorkerTotals | None:
+        try:
+            return await _in_time(answer)
+        except Exception as error:  # as in _record
+            _tell_missing(worker, "its work", error)
+            return None
+
+    answers = await asyncio.gather(*(one(worker, answer) for worker, answer in asked.items()))
+    return [totals for totals in answers if totals is not None]
+
+
+async def _record(worker: Recorded, seconds: float) -> tuple[WorkerTrace, float] | None:
+    """What it did, by this process's clock, and what that is ahead of its own."""
     over_at = time.monotonic() + seconds + SETTLE_S
     try:
         number = await _in_time(worker.begin(seconds))
@@ -89,10 +106,15 @@ async def _record(worker: Recorded, seconds: float) -> WorkerTrace | None:
         await asyncio.sleep(max(0.0, over_at - time.monotonic()))
         spans, num_missing = await _in_time(worker.end(number))
     except Exception as error:  # a worker that dies, hangs or is replaced; the others' spans are worth having
-        problem = str(error).strip().splitlines() or [type(error).__name__]
-        logger.warning("%s tells nothing of its hops: %s", worker.worker, problem[0])
+        _tell_missing(worker.worker, "its hops", error)
         return None
-    return aligned(WorkerTrace(worker.worker, worker.role, tuple(spans), num_missing), offset_s)
+    trace = WorkerTrace(worker.worker, worker.role, tuple(spans), num_missing)
+    return aligned(trace, offset_s), offset_s
+
+
+def _tell_missing(worker: str, what: str, error: Exception) -> None:
+    problem = str(error).strip().splitlines() or [type(error).__name__]
+    logger.warning("%s tells nothing of %s: %s", worker, what, problem[0])
 
 
 async def _round_trip(worker: Recorded) -> tuple[float, float, float]:

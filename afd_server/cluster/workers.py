@@ -53,7 +53,7 @@ from afd_server.models.halves import AttentionHalf
 from afd_server.models.spec import ModelSpec
 from afd_server.telemetry.hop_recorder import HopRecorder
 from afd_server.transport.base import Listener
-from afd_server.types import ReplicaUpdate
+from afd_server.types import ReplicaUpdate, WorkerTotals
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class FFNServer:
     def __init__(self, config: ServeConfig, index: int, listener: Listener) -> None:
         started = time.perf_counter()
         self.name = ffn_name(index)
+        self._counts_experts = ffn_shard(config, index).tp_rank == 0  # the other slices are sent the same rows
         device, dtype = torch_device(config), torch_dtype(config)
         torch.set_num_threads(threads_per_worker(config, usable_cores()))
         directory = Path(config.model)
@@ -141,6 +142,14 @@ class FFNServer:
     def recorder(self) -> HopRecorder:
         """Of its hops."""
         return self._worker.recorder
+
+    def totals(self) -> WorkerTotals:
+        """What it has done since it was loaded. Callable from any thread."""
+        account = self._worker.account
+        tokens = account.tokens().tolist() if self._counts_experts else ()
+        return WorkerTotals(
+            self.name, "ffn", account.totals.read(), (), account.held.start, tuple(map(tuple, tokens))
+        )
 
     def share_host(self, config: ServeConfig) -> None:
         """The numbers of workers are those of `config` now. Callable from any thread."""
@@ -228,6 +237,11 @@ class AttentionReplica:
     def recorder(self) -> HopRecorder:
         """Of its hops."""
         return self._ffn_group.hops.recorder
+
+    def totals(self) -> WorkerTotals:
+        """What it has done since it was loaded, warm-up included. Callable from any thread."""
+        hops = self._ffn_group.hops
+        return WorkerTotals(self.name, "attention", hops.layers.read(), hops.waits())
 
     def replace_ffn(self, index: int, connector: Connector) -> None:
         """FFN worker `index` is new or was restarted, and is reached this way now. Callable from any thread."""

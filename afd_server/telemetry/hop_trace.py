@@ -5,8 +5,9 @@ Pure functions on recorded spans. What does not live here: the recording (hop_re
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from afd_server.types import HopSpan, WorkerTrace
@@ -36,8 +37,12 @@ def aligned(trace: WorkerTrace, offset_s: float) -> WorkerTrace:
     return replace(trace, spans=tuple(sorted(spans, key=lambda each: each.began_s)))
 
 
-def assembled(traces: Sequence[WorkerTrace]) -> list[WorkerTrace]:
-    """With what lies between the ends of each call that both ends have told of: its ways, and its time in the queue."""
+def assembled(traces: Sequence[WorkerTrace], far: Collection[str] = ()) -> list[WorkerTrace]:
+    """With what lies between the ends of each call that both ends have told of: its ways, and its time in the queue.
+
+    far: workers with another clock than this process's. Calls are shorter round trips than any question to a worker, so an FFN worker's
+    clock is set by them once more.
+    """
     calls = {
         _key(trace, span): span
         for trace in traces
@@ -45,11 +50,32 @@ def assembled(traces: Sequence[WorkerTrace]) -> list[WorkerTrace]:
         for span in trace.spans
         if span.name == "call"
     }
-    ffn = [_with_queues(trace, calls) for trace in traces if trace.role == "ffn"]
-    arrivals = {_key(trace, span): span for trace in ffn for span in trace.spans if span.name == "queue"}
-    ends = {_key(trace, span): span for trace in ffn for span in trace.spans if span.name == "ffn"}
+    ffn = [trace for trace in traces if trace.role == "ffn"]
+    ffn = [_set_by_calls(trace, calls) if trace.worker in far else trace for trace in ffn]
+    ffn = [_with_queues(trace, calls) for trace in ffn]
+    arrivals = _ffn_spans(ffn, "queue")
+    ends = _ffn_spans(ffn, "ffn")
     attention = [_with_ways(trace, arrivals, ends) for trace in traces if trace.role == "attention"]
     return [*attention, *ffn]
+
+
+def _ffn_spans(traces: Iterable[WorkerTrace], name: str) -> dict[CallKey, HopSpan]:
+    return {_key(trace, span): span for trace in traces for span in trace.spans if span.name == name}
+
+
+def _set_by_calls(trace: WorkerTrace, calls: Mapping[CallKey, HopSpan]) -> WorkerTrace:
+    """As if both ways of the call that was shortest on them had taken equally long."""
+    arrivals = _ffn_spans([trace], "queue")
+    shortest_s, offset_s = math.inf, 0.0
+    for key, end in _ffn_spans([trace], "ffn").items():
+        call, arrival = calls.get(key), arrivals.get(key)
+        if call is None or arrival is None:
+            continue
+        on_the_way_s = (call.ended_s - call.began_s) - (end.ended_s - arrival.began_s)
+        if on_the_way_s < shortest_s:
+            shortest_s = on_the_way_s
+            offset_s = (call.began_s + call.ended_s) / 2 - (arrival.began_s + end.ended_s) / 2
+    return aligned(trace, offset_s)
 
 
 def _key(trace: WorkerTrace, span: HopSpan) -> CallKey:
@@ -57,7 +83,7 @@ def _key(trace: WorkerTrace, span: HopSpan) -> CallKey:
     return (*ends, span.step, span.layer, span.micro_batch)
 
 
-def _with_queues(trace: WorkerTrace, calls: dict[CallKey, HopSpan]) -> WorkerTrace:
+def _with_queues(trace: WorkerTrace, calls: Mapping[CallKey, HopSpan]) -> WorkerTrace:
     """A worker reads nothing while it computes. A call that was sent meanwhile has waited since, whenever it was read."""
     computed = sorted((span for span in trace.spans if span.name == "ffn"), key=lambda each: each.ended_s)
     ends = [span.ended_s for span in computed]

@@ -10,6 +10,8 @@ import ctypes
 from ctypes import c_double as DOUBLE
 from ctypes import c_long as LONG
 
+from afd_server.types import LayerTotal
+
 
 class _LayerTotal(ctypes.Structure):
     """kernels/native/hop.h has the same fields."""
@@ -36,6 +38,6 @@ class LayerTotals:
         total.batches += 1
         total.rows += rows
 
-    def read(self) -> tuple[tuple[float, int, int], ...]:
-        """(seconds, batches, rows) by layer."""
-        return tuple((each.seconds, each.batches, each.rows) for each in self._layers)
+    def read(self) -> tuple[LayerTotal, ...]:
+        """By layer."""
+        return tuple(LayerTotal(each.seconds, each.batches, each.rows) for each in self._layers)

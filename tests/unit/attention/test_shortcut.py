@@ -229,3 +229,26 @@ def test_it_is_for_layers_that_are_kernels(directory, tmp_path):
     half = load_attention_half(latent, read_model_spec(latent), device=CPU, dtype=torch.float32, gate_on="attention",
                                operations=operations_for(CPU, torch.float32, "native"))  # fmt: skip
     assert shortcut_for(half, None) is None
+
+
+def test_its_hops_are_recorded_and_summed_as_those_of_the_long_way(directory):
+    recorded = []
+    for has_shortcut in (False, True):
+        with machine(directory) as built:
+            shortcut = built.shortcut() if has_shortcut else None
+            built.step(0, shortcut)
+            number = built.group.hops.recorder.begin(60.0)
+            built.step(1, shortcut)
+            spans, _ = built.group.hops.recorder.end(number)
+            recorded.append(
+                sorted(
+                    (s.name, s.step, s.layer, s.micro_batch, s.peer, s.rows) for s in spans if s.name != "send"
+                )
+            )
+            assert all(span.began_s <= span.ended_s for span in spans)
+            totals = built.group.hops.layers.read()
+            assert [(total.batches, total.rows) for total in totals] == [(2, 10)] * built.spec.num_layers
+            assert all(total.seconds > 0 for total in totals)
+            assert built.group.hops.waits()[0].calls == 2 * built.spec.num_layers
+    assert recorded[0] == recorded[1]
+    assert len(recorded[0]) == 3 * built.spec.num_layers

@@ -1,5 +1,7 @@
 """The attention worker as the engine uses it: what it saves time with changes nothing of what comes out."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -126,3 +128,32 @@ def test_a_micro_batch_is_sampled_while_the_next_one_is_in_its_last_layer(direct
         machine.engine.submit(GenerationRequest(name, (1, 2), SamplingParams(2, ignore_eos=True)))
     machine.engine.step()
     assert events[-4:] == [0, "sample", 1, "sample"]
+
+
+def test_every_hop_of_a_step_is_recorded_while_somebody_asks_for_it(directory):
+    machine = Machine(directory, 2)
+    for name in "ab":
+        machine.engine.submit(GenerationRequest(name, (1, 2), SamplingParams(3, ignore_eos=True)))
+    machine.engine.step()
+    hops, num_layers = machine.group.hops, len(machine.cache)
+    number = hops.recorder.begin(60.0)
+    machine.engine.step()
+    spans, _ = hops.recorder.end(number)
+    machine.engine.step()
+    places = [(layer, micro_batch) for layer in range(num_layers) for micro_batch in range(2)]
+    for name in ("attention", "send", "call", "bubble"):
+        assert [(each.layer, each.micro_batch) for each in spans if each.name == name] == places
+    assert [(each.micro_batch, each.rows) for each in spans if each.name == "sampling"] == [(0, 1), (1, 1)]
+    # The thread does one thing at a time.
+    mine = sorted((each for each in spans if each.name != "call"), key=lambda each: each.began_s)
+    assert all(one.ended_s <= other.began_s for one, other in itertools.pairwise(mine))
+    calls = {(each.layer, each.micro_batch): each for each in spans if each.name == "call"}
+    for each in spans:
+        if each.name == "bubble":
+            call = calls[each.layer, each.micro_batch]
+            assert call.began_s <= each.began_s
+            assert (call.ended_s, call.peer) == (each.ended_s, "ffn-0")
+    # The sums are kept, recorded or not.
+    assert [total.batches for total in hops.layers.read()] == [6] * num_layers
+    (waits,) = hops.waits()
+    assert (waits.worker, waits.calls) == ("ffn-0", 6 * num_layers)

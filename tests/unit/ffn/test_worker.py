@@ -213,3 +213,27 @@ def test_a_device_that_fails_while_its_work_is_waited_for_is_a_failure_to_comput
     worker.serve()
     with pytest.raises(WorkerFailedError, match="RuntimeError: CUDA error"):
         link.receive(tag, 10.0)
+
+
+def test_calls_are_noted_only_while_somebody_records_and_always_summed():
+    listener = InprocListener("ffn-0")
+    link = listener.connect(SHAPE, 3)
+    worker = FFNWorker("ffn-0", LayerTimesX(), listener, account=CallAccount(LAYERS, range(2, 4)))
+    number = None
+    for step in (1, 2):
+        tag = CallTag(3, step, 5, 1)
+        link.send(tag, routed_call(5, rows=2, value=3))
+        with torch.inference_mode():
+            assert worker.serve_once(0.0)
+        link.receive(tag, 10.0)
+        number = number if number is not None else worker.recorder.begin(60.0)
+    spans, missing = worker.recorder.end(number)
+    assert missing == 0
+    assert [(s.name, s.step, s.layer, s.micro_batch, s.peer, s.rows) for s in spans] == [
+        ("queue", 2, 5, 1, "attention-3", 2),
+        ("ffn", 2, 5, 1, "attention-3", 2),
+    ]
+    assert spans[0].began_s <= spans[0].ended_s == spans[1].began_s <= spans[1].ended_s
+    total = worker.account.totals.read()[5]
+    assert (total.batches, total.rows) == (2, 4)
+    assert worker.account.tokens()[5].tolist() == [0, 8]

@@ -141,3 +141,21 @@ def test_half_a_frame_is_waited_for_the_long_way(wiring: Wiring, layers, account
 
 def test_without_links_there_is_nothing_to_do(wiring: Wiring, layers, account):
     assert not wiring.listener.serve_usual_calls(layers, account, 5.0)
+
+
+def test_calls_are_noted_one_by_one_and_summed_by_layer_and_expert(wiring: Wiring, layers, account):
+    link = wiring.link()
+    asked = call(1, rows=4)
+    for step in (1, 2):
+        link.send(CallTag(0, step, 1, 3), asked)
+        assert wiring.listener.serve_usual_calls(layers, account, 0.05)
+        link.receive(CallTag(0, step, 1, 3), DEADLINE_S)
+        (note,) = account.notes[: account.num_notes]
+        assert (note.replica, note.step, note.layer, note.micro_batch, note.rows) == (0, step, 1, 3, 4)
+        assert note.began < note.ended
+    total = account.totals.read()[1]
+    assert (total.batches, total.rows) == (2, 8)
+    assert total.seconds > 0
+    chosen = torch.bincount(asked.topk_ids.flatten(), minlength=EXPERTS)
+    assert account.tokens()[1].tolist() == (2 * chosen).tolist()
+    assert account.tokens()[0].tolist() == [0] * EXPERTS
