@@ -60,13 +60,13 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_page_content(html, page, config, files):
     """Puts the SVG pictures of docs/images into the page itself, where its light and dark colours reach them, and marks code of a
-    single word, which is not to be cut at its hyphens."""
+    single word or flag, which is not to be cut at its hyphens."""
 
     def inlined(match):
         picture = _resolved(_path_of(page.file.src_uri), f"images/{match[1]}")
         return f'<div class="picture">{picture.read_text(encoding="utf-8")}</div>'
 
-    html = re.sub(r"<code>([^<\s]{1,40})</code>", r'<code class="word">\1</code>', html)
+    html = re.sub(r"<code>([^<\s]{1,40}|--[^<]{1,38})</code>", r'<code class="word">\1</code>', html)
     return re.sub(r'<p><img [^>]*src="images/([^"/]+\.svg)"[^>]*/?></p>', inlined, html)
 
 
