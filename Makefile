@@ -14,7 +14,7 @@ AFD := $(VENV)/bin/afd
 ARGS ?=
 MINUTES ?= 30
 
-.PHONY: setup serve serve-moe test lint docs chaos format clean
+.PHONY: setup serve serve-moe test lint docs chaos format clean browser
 
 setup: $(VENV)/.ready
 
@@ -44,7 +44,14 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-test: lint
+# The page is tested in a real browser. Where one cannot be installed so, those tests are skipped, and say it.
+browser:
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { \
+	    echo "installing chromium, for the tests of the page" && apt-get -qq update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
+	    echo "chromium cannot be installed"
+
+test: lint browser
 	$(VENV)/bin/python -m pytest
 
 docs: $(VENV)/.ready-dev

@@ -95,6 +95,7 @@ class ServeConfig:
         "how the model marks its reasoning; auto: as its chat template shows it",
         REASONING_PARSERS,
     )
+    disable_ui: bool = option(False, "api", "no page at /, and nothing of the live view")
     shutdown_timeout: float = option(30.0, "api", "seconds that running requests may take after SIGTERM")
 
     max_num_seqs: int = option(64, "engine", "requests running at once on each attention worker")

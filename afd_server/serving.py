@@ -121,6 +121,7 @@ def run_server(config: ServeConfig) -> int:
             config.shutdown_timeout,
             [listening],
             client_timeout_s=config.client_timeout,
+            on_end=app.state.on_end,
         )
         machine = _run_workers(config, spec, service, metrics, _url(listening))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -196,6 +197,7 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         priorities=config.tpot_sla_ms is not None,
         default_sampling=read_generation_defaults(config.model),
         max_body_bytes=BODY_BYTES + BODY_BYTES_PER_TOKEN * config.max_model_len,
+        page=not config.disable_ui,
     )
 
 

@@ -261,10 +261,11 @@ class ReplicaStats:
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
-    """One worker as operators see it. role: attention or ffn. state: loading, serving, draining, restarting or down.
+    """One worker as operators see it. role: attention or ffn. state: loading, serving, draining, restarting, or down:
+    given up, or without a place.
 
-    since_s: how long it has been in that state. node and pid: where its process is, as far as is known. restarts: how often
-    its process has been started again. reason: why it is down.
+    since_s: how long it has been in that state. node and pid: where its process is, or was last. restarts: how often
+    its process has been started again. reason: why it does not serve, if that was not asked for.
     """
 
     name: str

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import ipaddress
 import secrets
+from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -18,6 +19,21 @@ from afd_server.api.errors import error_body
 from afd_server.config import separate_keys
 
 TENANT = "afd.tenant"
+ACCESS = "afd.access"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a request's sender may do here: ask the model (/v1), operate the server (/admin)."""
+
+    asks_for_key: bool
+    may_ask: bool
+    may_operate: bool
+
+
+def access_of(scope: Scope) -> Access:
+    access: Access = scope[ACCESS]
+    return access
 
 
 def tenant_of(scope: Scope) -> str:
@@ -44,7 +60,8 @@ class Gate:
             return
         headers = dict(scope["headers"])
         key = self._key_of(headers)
-        refusal = self._refusal(scope, headers, key)
+        access = scope[ACCESS] = self._access(scope, headers, key)
+        refusal = self._refusal(scope, headers, access)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
@@ -62,19 +79,23 @@ class Gate:
 
         await self._app(scope, bounded, send)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], key: bytes | None) -> JSONResponse | None:
+    def _access(self, scope: Scope, headers: dict[bytes, bytes], key: bytes | None) -> Access:
+        if self._keys:
+            return Access(True, key is not None, key == self._keys[0])
+        return Access(False, True, _is_from_here(scope, headers))
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], access: Access) -> JSONResponse | None:
         for_operators = scope["path"].startswith("/admin")
-        guarded = bool(self._keys) and (for_operators or scope["path"].startswith("/v1"))
-        if guarded and key is None:
+        if (for_operators or scope["path"].startswith("/v1")) and not access.may_ask:
             body = error_body(
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 type="authentication_error",
                 code="invalid_api_key",
             )
             return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
-        if for_operators and self._keys and key != self._keys[0]:
-            return _forbidden("this API key does not open /admin: the first of --api-key does")
-        if for_operators and not self._keys and not _is_from_here(scope, headers):
+        if for_operators and not access.may_operate:
+            if access.asks_for_key:
+                return _forbidden("this API key does not open /admin: the first of --api-key does")
             return _forbidden("without --api-key, /admin is for clients on the server's own host")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:

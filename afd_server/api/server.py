@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -59,6 +59,10 @@ def bind_port(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn that leaves the process alive after a signal, and takes a second one as: now."""
 
+    def __init__(self, config: uvicorn.Config, on_end: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_end = on_end
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
@@ -74,6 +78,7 @@ class _Server(uvicorn.Server):
         if not self.should_exit:
             logger.info("ending: no new requests, %d running ones may finish", len(self.server_state.tasks))
             self.should_exit = True
+            self._on_end()
             return
         logger.warning("ending at once: %d requests are cut off", len(self.server_state.tasks))
         self.force_exit = True
@@ -89,10 +94,12 @@ async def serve(
     sockets: Sequence[socket.socket] | None = None,
     *,
     client_timeout_s: float = CLIENT_TIMEOUT_S,
+    on_end: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish within the timeout, and returns.
 
-    sockets: from `bind_port`, instead of host and port. client_timeout_s: see Connection. Must run on the main thread.
+    sockets: from `bind_port`, instead of host and port. client_timeout_s: see Connection. on_end: called when the end begins, for
+    answers that would go on for ever. Must run on the main thread.
     """
     config = uvicorn.Config(
         app,
@@ -109,4 +116,4 @@ async def serve(
         server_header=False,
         timeout_graceful_shutdown=shutdown_timeout_s,  # type: ignore[arg-type]
     )
-    await _Server(config).serve(sockets=None if sockets is None else list(sockets))
+    await _Server(config, on_end).serve(sockets=None if sockets is None else list(sockets))

@@ -26,6 +26,7 @@ class ApiSettings:
     default_sampling: request field -> value, for what a request leaves open (text.generation_defaults).
     tool_call_parser, reasoning_parser: names of text.tool_calls.registry and text.reasoning; None: nothing is looked for.
     max_body_bytes: what is read of a request. Its JSON is parsed on the event loop, 20 to 50 ms a megabyte.
+    page: whether a browser finds the page at `/`.
     """
 
     model_name: str
@@ -44,6 +45,7 @@ class ApiSettings:
     enable_auto_tool_choice: bool = True
     exclude_tools_when_tool_choice_none: bool = False
     max_body_bytes: int = BODY_BYTES
+    page: bool = True
 
 
 class OperatedWorkers(Protocol):

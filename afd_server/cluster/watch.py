@@ -107,12 +107,13 @@ class Member:
 
     def state(self) -> WorkerState:
         """As operators see it."""
-        down = self.down_since is not None and self.phase != "restarting"
-        since = self.down_since if down and self.down_since is not None else self.phase_since
+        state, since, reason = str(self.phase), self.phase_since, ""
+        if self.down_since is not None and self.phase != "restarting":
+            state = "down" if self.given_up or self.unplaced else "restarting"
+            since, reason = self.down_since, self.unplaced or self.reason
         return WorkerState(
-            self.name, self.role, "down" if down else self.phase, time.monotonic() - since,
-            self.endpoint.node if self.endpoint else None, self.info.pid if self.info else None, self.started,
-            (self.unplaced or self.reason) if down else "",
+            self.name, self.role, state, time.monotonic() - since, self.endpoint.node if self.endpoint else None,
+            self.info.pid if self.info else None, self.started, reason,
         )  # fmt: skip
 
     def recorded(self) -> Recorded:

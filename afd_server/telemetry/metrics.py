@@ -7,7 +7,8 @@ when something happened (api/, engine/).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -78,10 +79,20 @@ TOTALS = {
 }
 
 
+class Listener(Protocol):
+    """Who looks on while it happens. Called on the event loop's thread, for every token: it must be quick."""
+
+    def prompt(self, num_tokens: int) -> None: ...
+    def tokens(self, num_tokens: int, since_last_s: float, *, first: bool) -> None: ...
+    def finished(self, time_per_output_token_s: float | None) -> None: ...
+    def stepped(self, replica: str, stats: ReplicaStats) -> None: ...
+
+
 class Metrics:
     """All metrics of one server, in a registry of their own. Methods are called on the event loop's thread.
 
     tpot_sla_s, ttft_sla_s: the promises whose keeping is counted; None where there is none.
+    listener: is told of everything besides, while there is one. queue_length: requests that wait for admission.
     """
 
     def __init__(
@@ -89,9 +100,11 @@ class Metrics:
     ) -> None:
         self._registry = CollectorRegistry()
         self._model_name = model_name
-        self._sla_s = {
+        self.promises_s = {
             name: seconds for name, seconds in (("ttft", ttft_sla_s), ("tpot", tpot_sla_s)) if seconds
         }
+        self.listener: Listener | None = None
+        self.queue_length = 0
         self._last_stats: dict[str, ReplicaStats] = {}
         self._create_request_metrics()
         self._create_promise_metrics()
@@ -103,16 +116,25 @@ class Metrics:
         """Prometheus' text format."""
         return generate_latest(self._registry)
 
+    @property
+    def replica_stats(self) -> Mapping[str, ReplicaStats]:
+        """The last word of every replica that ever ran a step."""
+        return self._last_stats
+
     # --- requests, as the front-end sees them ----------------------------------------------------------------------
 
     def observe_prompt(self, num_tokens: int) -> None:
         """A request was handed to the router."""
         self._prompt_tokens.inc(num_tokens)
+        if self.listener is not None:
+            self.listener.prompt(num_tokens)
 
     def observe_tokens(self, num_tokens: int, since_last_s: float, *, first: bool) -> None:
         """Tokens came, `since_last_s` seconds after the ones before, or after the request's arrival."""
         self._generation_tokens.inc(num_tokens)
         (self._time_to_first_token if first else self._inter_token_latency).observe(since_last_s)
+        if self.listener is not None:
+            self.listener.tokens(num_tokens, since_last_s, first=first)
 
     def observe_lost(self, replica: str, num_requests: int) -> None:
         """A replica was lost with so many requests under way, which go on elsewhere."""
@@ -126,13 +148,16 @@ class Metrics:
         if reason in ("abort", "error", REFUSED):
             return  # their times tell of the client or of the failure, not of the server's pace
         self._e2e_request_latency.observe(total_s)
-        if num_tokens > 1:
-            self._time_per_output_token.observe(decode_s / (num_tokens - 1))
+        time_per_output_token_s = decode_s / (num_tokens - 1) if num_tokens > 1 else None
+        if time_per_output_token_s is not None:
+            self._time_per_output_token.observe(time_per_output_token_s)
+        if self.listener is not None:
+            self.listener.finished(time_per_output_token_s)
         if num_tokens:  # nothing is promised about reading a prompt alone
             self._observe_promises({"ttft": ttft_s, "tpot": decode_s / max(1, num_tokens - 1)}, num_tokens)
 
     def _observe_promises(self, taken_s: dict[str, float], num_tokens: int) -> None:
-        kept = {name: taken_s[name] <= promised_s for name, promised_s in self._sla_s.items()}
+        kept = {name: taken_s[name] <= promised_s for name, promised_s in self.promises_s.items()}
         for name, is_kept in kept.items():
             self._promises.labels(self._model_name, name, "met" if is_kept else "missed").inc()
         if kept and all(kept.values()):
@@ -154,6 +179,7 @@ class Metrics:
         self._queue_time.observe(seconds)
 
     def set_queue_length(self, length: int) -> None:
+        self.queue_length = length
         self._queue_length.set(length)
 
     # --- steps, as the replicas report them ------------------------------------------------------------------------
@@ -170,6 +196,8 @@ class Metrics:
         for name, counter in self._totals.items():
             counter.labels(**labels).inc(getattr(stats, name) - (0 if restarted else getattr(last, name)))
         self._last_stats[replica] = stats
+        if self.listener is not None:
+            self.listener.stepped(replica, stats)
         if stats.timing is not None:
             self._observe_timing(stats.timing, labels)
 
@@ -229,7 +257,7 @@ class Metrics:
             "afd:sla_requests", "Requests that ended within or beyond a promise (ttft, tpot).",
             ["model_name", "sla", "outcome"], registry=self._registry,
         )  # fmt: skip
-        for name in self._sla_s:
+        for name in self.promises_s:
             for outcome in ("met", "missed"):
                 self._promises.labels(self._model_name, name, outcome)
         self._goodput_requests = self._counter("goodput_requests", "Requests that met every promise.")

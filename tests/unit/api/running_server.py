@@ -8,6 +8,7 @@ import socket
 import httpx
 
 from afd_server.api.server import bind_port, serve
+from afd_server.telemetry.metrics import Metrics
 from tests.unit.api.scripted_service import app_for
 
 DEADLINE_S = 20
@@ -21,11 +22,14 @@ class Running:
         self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # what nobody reads, shows soon
         self.port = self._listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._app = app_for(service, **settings)
+        self.metrics = Metrics("tiny")
+        self._app = app_for(service, metrics=self.metrics, **settings)
         self._timeouts = {"shutdown_timeout_s": shutdown_timeout_s, "client_timeout_s": client_timeout_s}
 
     async def __aenter__(self):
-        self.task = asyncio.create_task(serve(self._app, "", 0, sockets=[self._listening], **self._timeouts))
+        self.task = asyncio.create_task(
+            serve(self._app, "", 0, sockets=[self._listening], on_end=self._app.state.on_end, **self._timeouts)
+        )
         self.client = httpx.AsyncClient(base_url=self.url, timeout=DEADLINE_S)
         assert (await self.client.get("/health")).status_code == 200
         return self

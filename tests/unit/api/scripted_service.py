@@ -92,10 +92,10 @@ def says(text, finish=FinishReason.STOP, *, step=1, cached_tokens=0, logprob=Non
     return outputs
 
 
-def app_for(service, **settings):
+def app_for(service, metrics=None, **settings):
     values = {"model_name": "tiny", "max_model_len": 64, "vocab_size": 257, "version": "9", "created": 7}
     values |= {"chat_template": ChatTemplate(TEMPLATE), **settings}
-    return create_app(ApiSettings(**values), service, TOKENIZER, Metrics("tiny"))
+    return create_app(ApiSettings(**values), service, TOKENIZER, metrics or Metrics("tiny"))
 
 
 def client_for(service, **settings):
