@@ -129,7 +129,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(server, open_page):
     expect(page.locator("#live-note")).to_contain_text("operator's key")
     expect(page.locator("#live")).to_be_hidden()
     say(page, "Hello")
-    expect(page.locator(".message.assistant .foot")).to_contain_text("tokens/s")
+    expect(page.locator(".message.assistant .foot")).to_contain_text("5 tokens")
     assert page.evaluate("[document.cookie, JSON.stringify(localStorage), location.href]") == [
         "",
         "{}",

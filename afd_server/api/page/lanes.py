@@ -15,7 +15,7 @@ NUM_STEPS = 3
 MAX_LANES = 8  # of each role
 MAX_SPANS = 2500  # in all lanes: about 50 KB of JSON
 # What is drawn; a call is seen by its parts.
-NAMES = ("attention", "sampling", "bubble", "wire out", "wire back", "queue", "ffn")
+NAMES = ("attention", "send", "sampling", "bubble", "wire out", "wire back", "queue", "ffn")
 
 
 def lanes(traces: Sequence[WorkerTrace]) -> dict[str, Any] | None:

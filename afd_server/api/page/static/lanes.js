@@ -7,9 +7,9 @@ import { colours } from "./theme.js";
 const LANE = 34, GAP = 8, HEAD = 20, FOOT = 22;
 const STRIP = 6; // below a lane's computing: its calls on the wire
 const BATCHES = 4;
-const COMPUTES = new Set(["attention", "ffn", "sampling"]);
+const COMPUTES = new Set(["attention", "send", "ffn", "sampling"]);
 const WORDS = {
-  attention: "attention", ffn: "FFN", sampling: "sampling", bubble: "bubble: waits for an answer", queue: "queue: the call waits",
+  attention: "attention", send: "hands its call over", ffn: "FFN", sampling: "sampling", bubble: "bubble: waits for an answer", queue: "queue: the call waits",
   "wire out": "wire, to the FFN worker", "wire back": "wire, back",
 };
 const COLOURS = ["text", "muted", "line", "wire", "sampling", "hatch", "shade", "batch-0", "batch-1", "batch-2", "batch-3"];
@@ -126,7 +126,9 @@ export class Lanes {
       const box = { left, width: Math.max(0.6, x(begin + length) - left), top, high, name, length, layer, batch, step };
       if (COMPUTES.has(name)) {
         pen.fillStyle = name === "sampling" ? paint.sampling : paint[`batch-${Math.max(0, batch) % BATCHES}`];
+        pen.globalAlpha = name === "send" ? 0.6 : 1;
         pen.fillRect(left, top, box.width, high);
+        pen.globalAlpha = 1;
       } else if (name === "queue" || name.startsWith("wire")) {
         Object.assign(box, { top: top + high + 2, high: STRIP });
         pen.fillStyle = name === "queue" ? paint[`batch-${Math.max(0, batch) % BATCHES}`] : paint.wire;
