@@ -194,13 +194,9 @@ class AttentionReplica:
             directory, spec, device=device, dtype=dtype, gate_on=config.gate_on, operations=computing
         )
         self._ffn_group = FFNGroup(
-            connectors,
-            group_layout(config, spec),
-            replica=index,
-            dtype=computing.activation_dtype,
-            timeout_s=config.ffn_timeout,
-            hops=HopNotes(spec.num_layers),
-        )
+            connectors, group_layout(config, spec), replica=index, dtype=computing.activation_dtype,
+            timeout_s=config.ffn_timeout, hops=HopNotes(spec.num_layers),
+        )  # fmt: skip
         try:
             # Before the cache is sized: links between GPU workers take memory of this one's GPU.
             self._ffn_group.connect()
@@ -210,19 +206,11 @@ class AttentionReplica:
             # Graphs need a block more than requests are given: see AttentionGraphs.
             cache = allocate_cache(spec, num_blocks + (capture is not None), config.block_size, device, dtype)
             graphs = None if capture is None else _graphs(config, half, cache, capture)
-            threads = threads_per_worker(config, usable_cores())
-            self._constraints = Constraints.load(
-                directory, spec.vocab_size, spec.eos_token_ids, threads=threads
-            )
+            self._constraints = _constraints(config, spec)
             self.worker = worker = AttentionWorker(
-                half,
-                cache,
-                self._ffn_group,
-                block_size=config.block_size,
-                device=device,
-                graphs=graphs,
+                half, cache, self._ffn_group, block_size=config.block_size, device=device, graphs=graphs,
                 constraints=self._constraints,
-            )
+            )  # fmt: skip
             chooser, model = _models_of_time(config, spec)
             if graphs is not None:
                 _record_graphs(worker, min(graphs.max_rows, _largest_step(config, num_blocks)), config)
