@@ -74,6 +74,9 @@ class ServeConfig:
         "api",
         "the most likely tokens that a request may have reported at each place; -1: the whole vocabulary",
     )
+    enable_tokenizer_info_endpoint: bool = option(
+        False, "api", "/tokenizer_info tells tokenizer_config.json and the chat template"
+    )
     client_timeout: float = option(
         60.0, "api", "seconds that a client may take to send a request, or let its answer lie unread"
     )

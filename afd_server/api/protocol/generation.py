@@ -28,16 +28,16 @@ def _no_report(value: Any) -> Any:
 
 def _prompts(value: Any) -> Any:
     """A single prompt becomes a list of one. A prompt is text or token ids."""
-    if isinstance(value, str) or (value and _is_ids(value)):
+    if isinstance(value, str) or (value and is_ids(value)):
         value = [value]
-    if not isinstance(value, list) or not all(isinstance(each, str) or _is_ids(each) for each in value):
+    if not isinstance(value, list) or not all(isinstance(each, str) or is_ids(each) for each in value):
         raise ValueError("must be a text, a list of token ids, or a list of either")
     if not value:
         raise ValueError("is empty")
     return value
 
 
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
     """At the speed of C: a body may hold a million of them. A bool is no id."""
     return isinstance(value, list) and set(map(type, value)) <= {int}
 
