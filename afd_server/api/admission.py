@@ -182,7 +182,7 @@ class Admission:
         return Job(response_id, int(time.time()), tuple(prompts), tuple(choices))
 
     def _fitted(self, prompt: Prompt, body: GenerationFields, prompt_field: str) -> Prompt:
-        """The prompt, cut from the left where the client asks for it. Raises when it is empty, too long or not ids."""
+        """The prompt, cut where the client asks for it. Raises when it is empty, too long or not ids."""
         longest = self._settings.max_model_len
         _, max_tokens = body.output_limit
         keep = body.truncate_prompt_tokens
@@ -191,7 +191,8 @@ class Admission:
         if keep is not None and keep > longest:
             raise RequestError(f"truncate_prompt_tokens: at most {longest}", "truncate_prompt_tokens")
         if keep is not None and keep < len(prompt.token_ids):
-            prompt = Prompt(prompt.token_ids[len(prompt.token_ids) - max(keep, 0) :])
+            first = 0 if body.truncation_side == "right" else len(prompt.token_ids) - max(keep, 0)
+            prompt = Prompt(prompt.token_ids[first : first + max(keep, 0)])
         if not prompt.token_ids:
             raise RequestError(f"{prompt_field}: there is no token to continue", prompt_field)
         if len(prompt.token_ids) + (max_tokens != 0) > longest:
