@@ -96,6 +96,9 @@ class ServeConfig:
         "certificates of clients, as Python numbers it: 0 none, 1 checked if sent, 2 demanded",
         (0, 1, 2),
     )
+    enable_tokenizer_info_endpoint: bool = option(
+        False, "api", "/tokenizer_info tells tokenizer_config.json and the chat template"
+    )
     client_timeout: float = option(
         60.0, "api", "seconds that a client may take to send a request, or let its answer lie unread"
     )

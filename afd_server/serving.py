@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from socket import socket
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvloop
 
@@ -50,7 +51,7 @@ from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.text import reasoning
 from afd_server.text.chat_template import ChatTemplate
 from afd_server.text.generation_defaults import read_generation_defaults
-from afd_server.text.tokenizer import Tokenizer
+from afd_server.text.tokenizer import Tokenizer, read_tokenizer_config
 from afd_server.text.tool_calls import registry
 from afd_server.types import GenerationRequest, RequestOutput
 
@@ -228,6 +229,7 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         version=__version__,
         created=int(time.time()),
         seed=config.seed,
+        tokenizer_info=_tokenizer_info(config) if config.enable_tokenizer_info_endpoint else None,
         priorities=config.tpot_sla_ms is not None,
         default_sampling=read_generation_defaults(config.model),
         max_body_bytes=BODY_BYTES + BODY_BYTES_PER_TOKEN * config.max_model_len,
@@ -244,6 +246,11 @@ def _chat_template(config: ServeConfig, tokenizer: Tokenizer) -> ChatTemplate | 
 def _parser(named: str, of_template: str | None) -> str | None:
     """named: a setting. of_template: what the chat template is written for, as far as it can be told."""
     return of_template if named == "auto" else None if named == "none" else named
+
+
+def _tokenizer_info(config: ServeConfig) -> dict[str, Any]:
+    """As transformers would write it."""
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **read_tokenizer_config(Path(config.model))}
 
 
 def _cross_origin(config: ServeConfig) -> CrossOrigin | None:

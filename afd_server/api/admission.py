@@ -77,13 +77,13 @@ class Admission:
 
     async def admit_completion(self, body: CompletionRequest, tenant: str, request_id: str) -> Job:
         """tenant: who asks, see GenerationRequest. request_id: see request_ids.py. Raises RequestError."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         if body.best_of is not None and body.best_of != body.n:
             raise RequestError("best_of is not served beyond n", "best_of")
         if len(body.prompt) * body.n > MAX_CHOICES_IN_ALL:
             raise RequestError(f"prompt: more than {MAX_CHOICES_IN_ALL} choices in all", "prompt")
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
-        encoded = iter(await self._encode(texts, body.add_special_tokens, "prompt"))
+        encoded = iter(await self.encode(texts, body.add_special_tokens, "prompt"))
         prompts = [
             Prompt(tuple(prompt)) if isinstance(prompt, list) else Prompt(tuple(next(encoded)), prompt)
             for prompt in body.prompt
@@ -95,9 +95,18 @@ class Admission:
 
     async def admit_chat(self, body: ChatCompletionRequest, tenant: str, request_id: str) -> Job:
         """As admit_completion. Raises RequestError, also for a model without a chat template."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        prompt, message_format = await self.read_chat(body)
+        num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
+        constraint = await self._constraints.of_body(body, body.n)
+        name = f"chatcmpl-{request_id}"
+        job = self._job(name, body, tenant, [prompt], "messages", num_logprobs, None, constraint)
+        return replace(job, message_format=message_format)
+
+    async def read_chat(self, body: ChatCompletionRequest) -> tuple[Prompt, MessageFormat]:
+        """A chat's prompt, whatever its length, and how its output is read. Raises RequestError."""
         if body.continue_final_message and body.add_generation_prompt:
             if "add_generation_prompt" in body.model_fields_set:
                 raise RequestError(
@@ -106,15 +115,11 @@ class Admission:
                 )
             body = body.model_copy(update={"add_generation_prompt": False})
         chat = chat_prompt(body, self._settings)
-        (token_ids,) = await self._encode([chat.text], body.add_special_tokens, "messages")
-        prompt = Prompt(tuple(token_ids), chat.text)
-        num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
-        constraint = await self._constraints.of_body(body, body.n)
-        name = f"chatcmpl-{request_id}"
-        job = self._job(name, body, tenant, [prompt], "messages", num_logprobs, None, constraint)
-        return replace(job, message_format=chat.message_format)
+        (token_ids,) = await self.encode([chat.text], body.add_special_tokens, "messages")
+        return Prompt(tuple(token_ids), chat.text), chat.message_format
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFoundError for another one than the server's."""
         served = self._settings.model_name
         if name is not None and name != served:
             raise ModelNotFoundError(f"the model {name!r} is not served here; {served!r} is", "model")
@@ -131,7 +136,8 @@ class Admission:
             )
         return number
 
-    async def _encode(self, texts: Sequence[str], add_special_tokens: bool, field: str) -> list[list[int]]:
+    async def encode(self, texts: Sequence[str], add_special_tokens: bool, field: str) -> list[list[int]]:
+        """Each text's tokens. Raises RequestError for what is no text."""
         try:
             for text in texts:
                 text.encode()
@@ -184,7 +190,7 @@ class Admission:
         return Job(response_id, int(time.time()), tuple(prompts), tuple(choices))
 
     def _fitted(self, prompt: Prompt, body: GenerationFields, prompt_field: str) -> Prompt:
-        """The prompt, cut from the left where the client asks for it. Raises when it is empty, too long or not ids."""
+        """The prompt, cut where the client asks for it. Raises when it is empty, too long or not ids."""
         longest = self._settings.max_model_len
         _, max_tokens = body.output_limit
         keep = body.truncate_prompt_tokens
@@ -193,7 +199,8 @@ class Admission:
         if keep is not None and keep > longest:
             raise RequestError(f"truncate_prompt_tokens: at most {longest}", "truncate_prompt_tokens")
         if keep is not None and keep < len(prompt.token_ids):
-            prompt = Prompt(prompt.token_ids[len(prompt.token_ids) - max(keep, 0) :])
+            first = 0 if body.truncation_side == "right" else len(prompt.token_ids) - max(keep, 0)
+            prompt = Prompt(prompt.token_ids[first : first + max(keep, 0)])
         if not prompt.token_ids:
             raise RequestError(f"{prompt_field}: there is no token to continue", prompt_field)
         if len(prompt.token_ids) + (max_tokens != 0) > longest:
@@ -201,10 +208,14 @@ class Admission:
                 f"the prompt has {len(prompt.token_ids)} tokens; prompt and output together may have {longest}",
                 prompt_field,
             )
-        bound = self._settings.vocab_size
-        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < bound:
-            raise RequestError(f"{prompt_field}: token ids are 0 to {bound - 1}", prompt_field)
+        self.check_ids(prompt.token_ids, prompt_field)
         return prompt
+
+    def check_ids(self, token_ids: Sequence[int], field: str) -> None:
+        """Raises RequestError for ids that the model does not have."""
+        bound = self._settings.vocab_size
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < bound:
+            raise RequestError(f"{field}: token ids are 0 to {bound - 1}", field)
 
     def _check_all_together(self, prompts: Sequence[Prompt], n: int, prompt_field: str) -> None:
         most = max(MAX_PROMPT_TOKENS_IN_ALL, self._settings.max_model_len)
@@ -295,9 +306,7 @@ class Admission:
         return self._settings.default_sampling.get(name, default) if given is None else given
 
     def _token_ids(self, token_ids: Sequence[int], field: str) -> tuple[int, ...]:
-        bound = self._settings.vocab_size
-        if not all(0 <= token_id < bound for token_id in token_ids):
-            raise RequestError(f"{field}: token ids are 0 to {bound - 1}", field)
+        self.check_ids(token_ids, field)
         return tuple(dict.fromkeys(token_ids))
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

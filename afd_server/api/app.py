@@ -9,6 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from afd_server.api.errors import add_error_handlers
 from afd_server.api.gate import Gate
+from afd_server.api.load import CountLoad, Load
 from afd_server.api.page.routes import add_page_routes
 from afd_server.api.rate_limits import LIMIT_HEADERS, Allowances
 from afd_server.api.request_ids import HEADER, RequestIds
@@ -16,6 +17,7 @@ from afd_server.api.routes.admin import add_admin_routes
 from afd_server.api.routes.generation import add_generation_routes
 from afd_server.api.routes.models import add_model_routes
 from afd_server.api.routes.operators import add_operator_routes
+from afd_server.api.routes.tokens import add_token_routes
 from afd_server.api.routes.watching import add_watching_routes
 from afd_server.api.settings import ApiSettings, Service
 from afd_server.telemetry.metrics import Metrics
@@ -45,6 +47,8 @@ def create_app(
         max_body_bytes=settings.max_body_bytes,
         root_path=settings.root_path,
     )
+    load = Load()
+    app.add_middleware(CountLoad, load=load)
     if settings.cross_origin is not None:
         app.add_middleware(
             CORSMiddleware,
@@ -57,8 +61,9 @@ def create_app(
     app.add_middleware(RequestIds)  # the last one that is added comes first
     add_error_handlers(app)
     add_generation_routes(app, settings, service, tokenizer, metrics, traces)
+    add_token_routes(app, settings, tokenizer)
     add_model_routes(app, settings)
-    add_operator_routes(app, settings, service, metrics)
+    add_operator_routes(app, settings, service, metrics, load)
     add_admin_routes(app, service)
     add_watching_routes(app, service)
     if settings.page:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from afd_server.api.keys import KeyRing
 from afd_server.telemetry.stragglers import StragglerReport
@@ -34,6 +34,7 @@ class ApiSettings:
     max_logprobs: how many of the most likely tokens may be reported at one place.
     created: when the server started, seconds since 1970. seed: from which seeds of requests without one are drawn.
     priorities: whether requests queue, so that one may go before another.
+    tokenizer_info: what /tokenizer_info tells; None: there is no such route.
     default_sampling: request field -> value, for what a request leaves open (text.generation_defaults).
     tool_call_parser, reasoning_parser: names of text.tool_calls.registry and text.reasoning; None: nothing is looked for.
     cross_origin: None: pages of other origins may ask nothing. root_path: see --root-path.
@@ -53,6 +54,7 @@ class ApiSettings:
     created: int = 0
     seed: int = 0
     priorities: bool = False
+    tokenizer_info: Mapping[str, Any] | None = None
     default_sampling: Mapping[str, float] = field(default_factory=dict)
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None

@@ -57,39 +57,59 @@ class Message(Body):
     """content goes last: whether it may be missing depends on what stands before it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
+    """Who says it."""
     name: StrictStr | None = None
+    """For the chat template."""
     refusal: NotServed = None
     annotations: NotServed = None
     audio: NotServed = None
     function_call: NotServed = None
     reasoning_content: StrictStr | None = None
+    """What the assistant thought before its answer, for templates that show it."""
     reasoning: StrictStr | None = None
+    """The same under its newer name."""
     tool_calls: Annotated[list[PastCall] | None, FIRST, AfterValidator(_calls), Field(max_length=MAX_CALLS)] = (
         None
     )
+    """The calls that the assistant made."""
     tool_call_id: Annotated[StrictStr | None, AfterValidator(_call_id), CHECKED] = None
+    """The call that a tool's message answers."""
     content: Annotated[
         StrictStr | None, BeforeValidator(_content), AfterValidator(_needed_content), CHECKED
     ] = None
+    """A text, or text parts, which become one a line. May be missing beside tool_calls."""
 
 
 class ChatCompletionRequest(GenerationFields):
     messages: Annotated[list[Message], FIRST, Field(min_length=1, max_length=MAX_MESSAGES)]
+    """The chat so far."""
     max_completion_tokens: MaxTokens | None = None
+    """As max_tokens, which it goes before."""
     logprobs: StrictBool = False
+    """The log-probability of each token of output. Of the model itself, before temperature and rules."""
     top_logprobs: NumLogprobs | None = None
+    """With logprobs: so many of the most likely tokens at each place; -1: all."""
     add_special_tokens: StrictBool = False
+    """The tokenizer's special tokens stand around what the chat template made."""
     add_generation_prompt: StrictBool = True
+    """The prompt ends with the beginning of the assistant's answer."""
     continue_final_message: StrictBool = False
+    """The prompt ends within the last message, which the output continues."""
     chat_template_kwargs: dict[StrictStr, Any] | None = None
+    """More names for the chat template."""
 
     tools: Annotated[list[Tool], FIRST, Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
+    """The functions that the model may call."""
     tool_choice: ToolChoice = None
+    """none, auto, required, or the function that must be called. Default: auto where there are tools."""
     parallel_tool_calls: StrictBool = True
+    """Whether there may be more than one call."""
     functions: NotServed = None
     function_call: Annotated[Any, refuse_except("none", "auto")] = None
     include_reasoning: StrictBool = True
+    """Whether the answer has what the model thought."""
     reasoning_effort: ReasoningEffort | None = None
+    """Where the chat template has such a setting, or a switch, which none turns off."""
     verbosity: NotServed = None
     modalities: Annotated[Any, refuse_except(["text"])] = None
     audio: NotServed = None

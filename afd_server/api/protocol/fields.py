@@ -5,45 +5,90 @@ What lives here: the base of all bodies and the kinds of fields that are refused
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationInfo,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 
 def finite(**bounds: Any) -> Any:
     return Field(strict=True, allow_inf_nan=False, **bounds)
 
 
-def refuse(value: Any, info: ValidationInfo) -> Any:
-    """Passes what asks for nothing: null, false, 0, empty."""
-    if value:
-        raise ValueError(f"{info.field_name} is not served")
-    return value
+# What asks for nothing, as JSON has it.
+NOTHING = (None, False, 0, "", [], {})
 
 
-def refuse_except(*harmless: Any) -> AfterValidator:
-    def check(value: Any, info: ValidationInfo) -> Any:
-        return value if value in harmless else refuse(value, info)
+@dataclass(frozen=True)
+class Refusal:
+    """Marks a field that is not served. Passes what asks for nothing, and values that say what is done anyway."""
 
-    return AfterValidator(check)
+    harmless: tuple[Any, ...] = ()
+
+    def check(self, value: Any, info: ValidationInfo) -> Any:
+        if value and not any(_is_same(value, each) for each in self.harmless):
+            raise ValueError(f"{info.field_name} is not served")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [*NOTHING, *self.harmless]}
+
+
+@dataclass(frozen=True)
+class ChangesNothing:
+    """Marks a field that is accepted and has no effect."""
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """As JSON sees it: true is not 1."""
+    return bool(value == other) and isinstance(value, bool) is isinstance(other, bool)
+
+
+def refuse_except(*harmless: Any) -> Refusal:
+    return Refusal(harmless)
 
 
 # Of every list, the first mistake is enough: explaining each of a million would hold up the event loop for seconds.
 FIRST = Field(fail_fast=True)
-NotServed = Annotated[Any, AfterValidator(refuse)]
-Unused = Annotated[Any, Field(description="accepted; changes nothing")]
+NotServed = Annotated[Any, Refusal()]
+Unused = Annotated[Any, ChangesNothing(), Field(description="accepted; changes nothing")]
+
+
+def _with_null(schema: dict[str, Any]) -> None:
+    """Of a body's JSON schema: null stands for the default of every field that has one."""
+    required = schema.get("required", ())
+    for name, field in schema.get("properties", {}).items():
+        if name in required or "enum" in field or field.keys() <= {"title", "description", "default"}:
+            continue
+        kinds = field.pop("anyOf", None)
+        if kinds is None:
+            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            kinds, _ = [dict(field)], field.clear()
+            field.update(about)
+        field["anyOf"] = kinds if {"type": "null"} in kinds else [*kinds, {"type": "null"}]
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    # A text below a field says what the field means: docs/api.md and /openapi.json are made of them.
+    model_config = ConfigDict(
+        extra="forbid",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        json_schema_extra=_with_null,
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -5,9 +5,9 @@ What does not live here: the chat's own fields (chat.py).
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, StrictBool, StrictInt, StrictStr
+from pydantic import BeforeValidator, Field, PlainValidator, StrictBool, StrictInt, StrictStr, WithJsonSchema
 
 from afd_server.api.protocol.fields import FIRST, Body, NotServed, Unused, finite, refuse_except
 from afd_server.api.protocol.structure import Gone, ResponseFormat, StructuredOutputs
@@ -29,16 +29,16 @@ def _no_report(value: Any) -> Any:
 
 def _prompts(value: Any) -> Any:
     """A single prompt becomes a list of one. A prompt is text or token ids."""
-    if isinstance(value, str) or (value and _is_ids(value)):
+    if isinstance(value, str) or (value and is_ids(value)):
         value = [value]
-    if not isinstance(value, list) or not all(isinstance(each, str) or _is_ids(each) for each in value):
+    if not isinstance(value, list) or not all(isinstance(each, str) or is_ids(each) for each in value):
         raise ValueError("must be a text, a list of token ids, or a list of either")
     if not value:
         raise ValueError("is empty")
     return value
 
 
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
     """At the speed of C: a body may hold a million of them. A bool is no id."""
     return isinstance(value, list) and set(map(type, value)) <= {int}
 
@@ -60,14 +60,26 @@ def _is_bias(value: Any) -> bool:
 
 
 StopString = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-PromptJSON = str | list[int] | list[str | list[int]]
+StopJSON = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Text = Annotated[str, Field(min_length=1)]
+PromptJSON = _Text | _Ids | Annotated[list[_Text | _Ids], Field(min_length=1)]
+BiasJSON = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": MAX_TOKEN_RULES,
+}
+ReportJSON = {"anyOf": [{"type": "integer", "minimum": -1}, {"enum": [None, False]}]}
 MaxTokens = Annotated[StrictInt, Field(ge=0)]
 NumLogprobs = Annotated[StrictInt, Field(ge=-1)]  # -1: of the whole vocabulary
 
 
 class StreamOptions(Body):
     include_usage: StrictBool = False
+    """A last chunk without choices has the usage; in all others it is null."""
     continuous_usage_stats: StrictBool = False
+    """With include_usage: every chunk has the usage so far."""
     include_obfuscation: NotServed = None
 
 
@@ -75,40 +87,75 @@ class GenerationFields(Body):
     """What both routes have in common. None: the model's recommendation, then OpenAI's default."""
 
     model: StrictStr | None = None
+    """The name under which the model is served; another one is 404."""
     stream: StrictBool = False
+    """The answer as server-sent events, the last of which is `[DONE]`."""
     stream_options: StreamOptions | None = None
+    """Of a stream only."""
 
     max_tokens: MaxTokens | None = None
+    """Tokens of output, at most. The prompt and it must fit --max-model-len."""
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    """Choices of each prompt. With a seed, choice i has the seed plus i."""
     temperature: Annotated[float, finite(ge=0)] | None = None
+    """0 takes the most likely token."""
     top_p: Annotated[float, finite(gt=0, le=1)] | None = None
+    """The most likely tokens that together have this probability are left."""
     top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_TOP_K)] | None = None
+    """So many of the most likely tokens are left; 0 or -1: all."""
     min_p: Annotated[float, finite(ge=0, le=1)] | None = None
+    """Tokens are left that are at least this many times as likely as the most likely one."""
     seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
+    """The same seed and body give the same output, whatever else runs. Without one the server draws one."""
     presence_penalty: Annotated[float, finite(ge=-2, le=2)] | None = None
+    """Off the logit of every token that the output has."""
     frequency_penalty: Annotated[float, finite(ge=-2, le=2)] | None = None
+    """Off the logit of a token for each time that the output has it."""
     repetition_penalty: Annotated[float, finite(ge=1e-3, le=1e3)] | None = None
-    logit_bias: Annotated[dict[StrictStr, float], BeforeValidator(_biases)] | None = None
-
-    stop: Annotated[list[StopString], FIRST, BeforeValidator(_strings), Field(max_length=MAX_STOP_STRINGS)] = (
-        Field(default_factory=list)
+    """Divides positive logits, and multiplies negative ones, of the tokens that prompt or output have."""
+    logit_bias: Annotated[dict[StrictStr, float], BeforeValidator(_biases), WithJsonSchema(BiasJSON)] | None = (
+        None
     )
+    """Token id -> -100 to 100, added to its logit."""
+
+    stop: Annotated[
+        list[StopString], FIRST, BeforeValidator(_strings, StopJSON), Field(max_length=MAX_STOP_STRINGS)
+    ] = Field(default_factory=list)
+    """Texts at which the output ends; they are not part of it."""
     stop_token_ids: Annotated[list[StrictInt], FIRST, Field(max_length=MAX_TOKEN_RULES)] | None = None
+    """Tokens at which the output ends."""
     allowed_token_ids: (
         Annotated[list[StrictInt], FIRST, Field(min_length=1, max_length=MAX_TOKEN_RULES)] | None
     ) = None
+    """No other tokens come. Where other rules forbid all of these, these go first."""
     bad_words: Annotated[list[StopString], FIRST, Field(max_length=MAX_BAD_WORDS)] | None = None
-    prompt_logprobs: Annotated[NumLogprobs | None, BeforeValidator(_no_report)] = None
+    """Words that the output does not have: their last token does not come where it would complete one."""
+    prompt_logprobs: Annotated[NumLogprobs | None, BeforeValidator(_no_report), WithJsonSchema(ReportJSON)] = (
+        None
+    )
+    """So many of the most likely tokens at each place of the prompt from the second on, with the own one. 0: the own one alone; -1: all. Not in a stream."""
     min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    """Before so many tokens neither end token, stop text nor stop token ends the output."""
     ignore_eos: StrictBool = False
+    """The model's end token does not end the output."""
     include_stop_str_in_output: StrictBool = False
+    """What stopped the output is part of its text."""
     skip_special_tokens: StrictBool = True
+    """Special tokens are left out of the text."""
     spaces_between_special_tokens: StrictBool = True
+    """A space between special tokens that follow one another."""
     truncate_prompt_tokens: Annotated[StrictInt, Field(ge=-1)] | None = None
+    """The prompt is cut to so many tokens; -1: to what max_tokens leaves of --max-model-len."""
+    truncation_side: Literal["left", "right"] = "left"
+    """Where truncate_prompt_tokens cuts: left keeps the end of the prompt."""
     return_token_ids: StrictBool = False
+    """The answer has the ids of its tokens and of the prompt."""
     return_tokens_as_token_ids: StrictBool = False
+    """Log-probabilities name tokens `token_id:ID`."""
     priority: Annotated[StrictInt, Field(ge=-INT32, lt=INT32)] = 0
+    """Where requests queue (--tpot-sla-ms), lower ones go first; elsewhere it must be 0."""
     request_id: Annotated[StrictStr, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
+    """Part of the id of the answer."""
 
     # Words about the client, not about the output.
     user: Unused = None
@@ -116,10 +163,12 @@ class GenerationFields(Body):
     safety_identifier: Unused = None
     prompt_cache_key: Unused = None
     service_tier: Annotated[Any, refuse_except("auto", "default")] = None
+    """There is one."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     length_penalty: Annotated[Any, refuse_except(1)] = 1.0
+    """Of beam search."""
     use_beam_search: NotServed = False
     logits_processors: NotServed = None
     guided_json: Gone = None
@@ -142,9 +191,14 @@ class GenerationFields(Body):
 
 class CompletionRequest(GenerationFields):
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts, PromptJSON)]
+    """A text, a list of token ids, or a list of either: each its own choices."""
     echo: StrictBool = False
+    """The prompt comes before the output; with logprobs also its own, null for its first token. max_tokens may be 0 then."""
     logprobs: NumLogprobs | None = None
+    """The log-probability of each token of output, and of so many of the most likely ones; -1: of all. Of the model itself, before temperature and rules."""
     add_special_tokens: StrictBool = True
+    """The tokenizer's special tokens stand around a text."""
     best_of: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Only the same as n."""
     suffix: NotServed = None
     prompt_embeds: NotServed = None

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from afd_server.api.errors import RETRY_AFTER_S, error_body
+from afd_server.api.load import Load
 from afd_server.api.settings import ApiSettings, Service
 from afd_server.telemetry.metrics import Metrics
 
 
-def add_operator_routes(app: FastAPI, settings: ApiSettings, service: Service, metrics: Metrics) -> None:
+def add_operator_routes(
+    app: FastAPI, settings: ApiSettings, service: Service, metrics: Metrics, load: Load
+) -> None:
+    # What keeps containers alive asks for /ping, with GET or POST.
     @app.get("/health", response_model=None)
+    @app.get("/ping", response_model=None)
+    @app.post("/ping", response_model=None)
     async def health() -> Response:
         problems = service.health()
         if service.is_serving():
@@ -22,9 +26,9 @@ def add_operator_routes(app: FastAPI, settings: ApiSettings, service: Service, m
         body = error_body("; ".join(problems), type="service_unavailable", code="unavailable")
         return JSONResponse({**body, "problems": problems}, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
-    @app.get("/ping")
-    async def ping() -> dict[str, Any]:
-        return {}
+    @app.get("/load")
+    async def server_load() -> dict[str, int]:
+        return {"server_load": load.num_requests}
 
     @app.get("/version")
     async def version() -> dict[str, str]:
