@@ -19,7 +19,7 @@ from afd_server.errors import ConfigError
 from afd_server.planner.times import AttentionTimes, FFNTimes, LayerTimes, LinearTimes
 from afd_server.planner.yaml_file import read_yaml
 
-VERSION = 1
+VERSION = 2
 PARTS = {"attention": AttentionTimes, "ffn": FFNTimes, "wire": LinearTimes, "overhead": LinearTimes}
 
 Part = TypeVar("Part", AttentionTimes, FFNTimes, LinearTimes)

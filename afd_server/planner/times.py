@@ -7,19 +7,21 @@ scheduler's model of step time call this.
 
     attention(rows, context)  fixed + rows * row + max(weights, rows * compute_row) + context * context_token
     ffn(rows)                 fixed + rows * row + max(read(rows), rows * compute_row)
+    either beyond many_rows   (many_rows) + (rows - many_rows) * further_row
     read(rows)                dense + shared + expert * E * (1 - (1 - k / E) ** rows)
     wire(rows)                fixed + rows * row
     step_overhead(rows)       fixed + rows * row
 
 Reading weights and computing with them overlap, so the longer of both counts. Rows that choose k of E experts at random take
-so many different ones, and only those are read. Every time is the mean over the layers of the model.
+so many different ones, and only those are read. Products of many rows, as prompts have, are faster by the row than those of
+decoding, so a measurement has a second slope for them. Every time is the mean over the layers of the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class AttentionTimes:
 
     weights_s: reading the projections. compute_row_s: their arithmetic for a row. context_token_s: one cache entry that a
     decoding row attends to. chunk_pair_s: one query-key pair inside a prompt, whose keys are read once for all its queries.
+    further_row_s: each row beyond many_rows, in place of row_s and compute_row_s.
     """
 
     fixed_s: float = 0.0
@@ -36,11 +39,14 @@ class AttentionTimes:
     compute_row_s: float = 0.0
     context_token_s: float = 0.0
     chunk_pair_s: float = 0.0
+    many_rows: float = inf
+    further_row_s: float = 0.0
 
     def seconds(self, rows: float, context_tokens: float, chunk_pairs: float = 0.0) -> float:
-        projections_s = max(self.weights_s, rows * self.compute_row_s)
+        few = min(rows, self.many_rows)
+        projections_s = max(self.weights_s, few * self.compute_row_s) + (rows - few) * self.further_row_s
         read_s = context_tokens * self.context_token_s + chunk_pairs * self.chunk_pair_s
-        return self.fixed_s + rows * self.row_s + projections_s + read_s
+        return self.fixed_s + few * self.row_s + projections_s + read_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,8 @@ class FFNTimes:
     """Of the FFN of one layer on one worker, for its shard of the weights.
 
     dense_s, shared_s: reading the dense MLPs and the shared experts. expert_s: reading one routed expert. num_experts: that this
-    worker holds. chosen_share: of all experts, that one row takes. compute_row_s: arithmetic for a row.
+    worker holds. chosen_share: of all experts, that one row takes. compute_row_s: arithmetic for a row. further_row_s: each row
+    beyond many_rows, in place of row_s and compute_row_s.
     """
 
     fixed_s: float = 0.0
@@ -59,14 +66,18 @@ class FFNTimes:
     num_experts: float = 0.0
     chosen_share: float = 0.0
     compute_row_s: float = 0.0
+    many_rows: float = inf
+    further_row_s: float = 0.0
 
     def experts_read(self, rows: float) -> float:
         """How many different experts so many rows take, on average."""
         return self.num_experts * (1 - (1 - self.chosen_share) ** rows)
 
     def seconds(self, rows: float) -> float:
-        read_s = self.dense_s + self.shared_s + self.expert_s * self.experts_read(rows)
-        return self.fixed_s + rows * self.row_s + max(read_s, rows * self.compute_row_s)
+        few = min(rows, self.many_rows)
+        read_s = self.dense_s + self.shared_s + self.expert_s * self.experts_read(few)
+        further_s = (rows - few) * self.further_row_s
+        return self.fixed_s + few * self.row_s + max(read_s, few * self.compute_row_s) + further_s
 
     def shard(self, expert_shards: int, tensor_shards: int) -> FFNTimes:
         """Of one worker when so many share what one did. `rows` stays the whole micro-batch's.
@@ -84,6 +95,7 @@ class FFNTimes:
             expert_s=self.expert_s / tensor_shards,
             num_experts=experts,
             compute_row_s=self.compute_row_s * share / tensor_shards,
+            further_row_s=self.further_row_s * share / tensor_shards,
         )
 
 

@@ -16,8 +16,8 @@ from afd_server.types import SamplingParams, ScheduledRequest, StartedRequest, S
 
 CONTEXTS = (16, 128, 512, 2048, 8192, 32768)
 PROMPTS = (128, 512)
-# Steps after each other of the same requests.
-VISIT_STEPS = 6
+# Most steps after each other of the same requests.
+VISIT_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,9 @@ from afd_server.profiling.grid import VISIT_STEPS, Plans, Point, blocks_of, poin
 from afd_server.transport.connect import connect
 from afd_server.types import GenerationRequest, ReplicaUpdate, SamplingParams, StepTiming
 
-ROUNDS = 3
+ROUNDS = 5
+# So long each visit goes on with the same requests, for at least so many steps.
+VISIT_S, VISIT_LEAST_STEPS = 0.3, 4
 STEP_TIMEOUT_S = 300.0
 # Requests that go through the engine, and the tokens of each.
 ENGINE_SIZES = (1, 8, 32)
@@ -81,8 +83,10 @@ def _grid_samples(
 def _visit(worker: AttentionWorker, plans: Plans, point: Point) -> list[StepTiming]:
     """The times of a few steps of the same requests, which go on with what they sampled; of prompts one step."""
     plan = plans.first(point)
-    taken = []
-    for _ in range(VISIT_STEPS if point.new_tokens == 1 else 1):
+    taken: list[StepTiming] = []
+    for number in range(VISIT_STEPS if point.new_tokens == 1 else 1):
+        if number >= VISIT_LEAST_STEPS and sum(timing.total_s for timing in taken) > VISIT_S:
+            break
         output = worker.execute(plan)
         taken.append(output.timing)
         plan = plans.following(plan, {token.request_id: token.token_id for token in output.tokens})

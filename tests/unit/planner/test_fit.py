@@ -1,5 +1,6 @@
 """The fit gives back the coefficients that made the measurements, also through noise, and never a negative one."""
 
+import dataclasses
 import itertools
 import random
 from dataclasses import astuple
@@ -56,6 +57,23 @@ def test_noise_is_seen_through():
     for rows, context in ((1, 64), (8, 1024), (48, 700)):
         assert times.step_s(rows, rows * context) == pytest.approx(TRUE.step_s(rows, rows * context), rel=0.08)
     assert times.attention.context_token_s == pytest.approx(1e-7, rel=0.15)
+
+
+def test_prompts_that_are_faster_by_the_row_do_not_bend_what_decoding_takes():
+    decoding = [sample for sample in samples() if not sample.chunk_pairs]
+    prompts = [
+        dataclasses.replace(sample, attention_s=sample.attention_s / 2, ffn_s=sample.ffn_s / 2)
+        for sample in samples()
+        if sample.chunk_pairs
+    ]
+    alone, times = fit_times(decoding, MODEL), fit_times(decoding + prompts, MODEL)
+    assert times.step_s(64, 64 * 512) == pytest.approx(alone.step_s(64, 64 * 512))
+    for sample in prompts:
+        pairs = sample.chunk_pairs
+        assert 4 * times.attention_s(sample.rows, 0, pairs) == pytest.approx(sample.attention_s, rel=0.02)
+        assert 4 * times.ffn_s(sample.rows) == pytest.approx(sample.ffn_s, rel=0.1)
+        # Where no prompt was measured, further rows cost what the last of decoding did.
+        assert alone.ffn_s(sample.rows) > times.ffn_s(sample.rows)
 
 
 def test_a_shard_of_what_was_fitted_reads_its_part():

@@ -9,8 +9,8 @@ from afd_server.planner.times import AttentionTimes, FFNTimes, LayerTimes, Linea
 
 TIMES = LayerTimes(
     8,
-    AttentionTimes(1e-4, 2e-6, 3e-5, 4e-6, 5e-8, 6e-9),
-    FFNTimes(1e-5, 2e-6, 0.0, 0.0, 3e-5, 16, 0.25, 1e-6),
+    AttentionTimes(1e-4, 2e-6, 3e-5, 4e-6, 5e-8, 6e-9, 64, 3e-6),
+    FFNTimes(1e-5, 2e-6, 0.0, 0.0, 3e-5, 16, 0.25, 1e-6, 64, 2e-6),
     LinearTimes(4e-5, 1e-7),
     LinearTimes(1e-3, 2e-5),
 )
@@ -31,7 +31,7 @@ def test_a_profile_comes_back(tmp_path):
         (lambda v: v["wire"].update(row_s=-1), "wire.row_s is -1"),
         (lambda v: v["wire"].update(row_s=float("nan")), "wire.row_s is nan"),
         (lambda v: v.update(num_layers=0), "num_layers is 0"),
-        (lambda v: v.update(afd_profile=9), "no profile of version 1"),
+        (lambda v: v.update(afd_profile=9), "no profile of version 2"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, change, says):

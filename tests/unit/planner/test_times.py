@@ -11,7 +11,7 @@ counts = st.integers(1, 10_000)
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.builds(AttentionTimes, *[coefficients] * 6), counts, counts, counts, counts)
+@given(st.builds(AttentionTimes, *[coefficients] * 6, counts, coefficients), counts, counts, counts, counts)
 def test_attention_never_gets_faster_with_more_work(times, rows, more_rows, context, more_context):
     fewer = times.seconds(rows, context)
     assert fewer <= times.seconds(rows + more_rows, context) * (1 + 1e-9)
