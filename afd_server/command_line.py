@@ -1,16 +1,20 @@
 """How every `afd` command takes its flags: one clear line for a mistake, and a near name for a mistyped one.
 
-What lives here: the parser that cli and the commands of single rooms share. What does not: any flag.
+What lives here: the parser that cli and the commands of single rooms share, and the checks of common kinds of values. What does
+not: any flag.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 USAGE_ERROR = 2
+# Nothing that is counted or measured here is larger.
+MOST = 1e9
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,3 +37,31 @@ class Parser(argparse.ArgumentParser):
             near = self._called_here.get(name) or next(iter(difflib.get_close_matches(name, mine, n=1)), None)
             self.error(f"unknown argument {unknown[0]!r}" + (f" (did you mean {near}?)" if near else ""))
         return known
+
+
+# --- values: what a flag's `type` may be ----------------------------------------------------------------------------
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or not 1 <= float(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def whole_or_none(text: str) -> int:
+    return 0 if text == "0" else whole(text)
+
+
+def positive(text: str) -> float:
+    value = number(text)
+    if not 0 < value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def number(text: str) -> float:
+    """NaN for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -17,7 +17,7 @@ from typing import Any
 from afd_server.bench.client import Target
 from afd_server.bench.dataset import NAMES, DatasetSettings
 from afd_server.bench.statistics import METRICS, PROMISED
-from afd_server.command_line import Parser
+from afd_server.command_line import Parser, number, positive, whole, whole_or_none
 from afd_server.config import API_KEY_VARIABLE, separate_keys
 from afd_server.errors import ConfigError
 
@@ -182,10 +182,7 @@ def percentiles_of(given: str) -> tuple[float, ...]:
     """--metric-percentiles 50,99. Raises ConfigError."""
     found = []
     for text in given.split(","):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        value = number(text)
         if not 0 <= value <= 100:
             raise ConfigError("--metric-percentiles", f"{text!r} is not a number from 0 to 100")
         found.append(value)
@@ -196,22 +193,9 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def positive(text: str) -> float:
-    value = rate(text)
-    if math.isinf(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def rate(text: str) -> float:
     """A number above 0; "inf" is one."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return math.inf if number(text) == math.inf else positive(text)
 
 
 def percentile(text: str) -> float:
@@ -219,16 +203,6 @@ def percentile(text: str) -> float:
     if value > 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 100")
     return value
-
-
-def whole_or_none(text: str) -> int:
-    return 0 if text == "0" else whole(text)
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _json_object(text: str) -> Mapping[str, Any]:

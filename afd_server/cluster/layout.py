@@ -164,9 +164,7 @@ def link_shape(config: ServeConfig, spec: ModelSpec) -> LinkShape:
 def profiled_times(config: ServeConfig, spec: ModelSpec) -> LayerTimes:
     """Of this layout, from the profile of an undivided FFN. Raises ConfigError."""
     assert config.profile is not None
-    profile = read_profile(Path(config.profile))
-    if profile.times.num_layers != spec.num_layers:
-        raise ConfigError("--profile", f"is of {profile.model}, which has {profile.times.num_layers} layers and not {spec.num_layers}")  # fmt: skip
+    profile = read_profile(Path(config.profile), spec.num_layers)
     return dataclasses.replace(profile.times, ffn=profile.times.ffn.shard(*config.ffn_shards))
 
 

@@ -14,17 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from afd_server.command_line import USAGE_ERROR, Parser
+from afd_server.command_line import USAGE_ERROR, Parser, positive, whole
 from afd_server.config import MAX_MICRO_BATCHES
-from afd_server.errors import ConfigError, ModelError
+from afd_server.errors import ConfigError
 from afd_server.planner import infeasible, paper, paper_report, report
 from afd_server.planner.cost import role_cost
 from afd_server.planner.counts import count
-from afd_server.planner.hardware import Hardware, choose, read_hardware
-from afd_server.planner.layout import Prediction, Workload, most_requests
-from afd_server.planner.model_config import CountedModel, read_counted_model
-from afd_server.planner.profile_file import read_profile
-from afd_server.planner.roofline import DTYPE_BYTES, Precision
+from afd_server.planner.hardware import Hardware
+from afd_server.planner.inputs import MODELS, add_workload_flags, read_cards, read_model, read_workload
+from afd_server.planner.layout import Prediction, most_requests
+from afd_server.planner.model_config import CountedModel
 from afd_server.planner.search import MICRO_BATCHES, OBJECTIVES, Limits, search
 from afd_server.planner.serve_command import remarks_on_layout, remarks_on_model, serve_command
 
@@ -37,7 +36,7 @@ def parser() -> Parser:
     parser = Parser(
         prog="afd plan",
         description="What a model costs split between attention and FFN cards, and the layout that suits best.\n"
-        f"MODEL_OR_CONFIG is a Hugging Face directory, a config.json, or one of {', '.join(paper.BUNDLED)}.",
+        f"MODEL_OR_CONFIG is {MODELS}.",
     )
     parser.add_argument(
         "model", nargs="?", metavar="MODEL_OR_CONFIG", help="also one that the server does not run"
@@ -55,23 +54,17 @@ def _add_inputs(group: argparse._ArgumentGroup) -> None:
         default="",
         help="cards that may be used; default: all that are known",
     )
-    add(
-        "--hardware-file",
-        type=Path,
-        metavar="FILE",
-        help="YAML with more, in the format of planner/data/hardware.yaml",
-    )
-    add("--context", type=_whole, default=8192, metavar="N", help="tokens that a decoded one attends to. Default: %(default)s")  # fmt: skip
+    add("--context", type=whole, default=8192, metavar="N", help="tokens that a decoded one attends to. Default: %(default)s")  # fmt: skip
     add(
         "--tpot-sla-ms",
-        type=_positive,
+        type=positive,
         default=50.0,
         metavar="MS",
         help="per output token. Default: %(default)g",
     )
     add(
         "--max-gpus",
-        type=_whole,
+        type=whole,
         default=64,
         metavar="N",
         help="cards of both roles together. Default: %(default)s",
@@ -84,9 +77,7 @@ def _add_inputs(group: argparse._ArgumentGroup) -> None:
     )
     micro_batches = ("auto", *map(str, MICRO_BATCHES))
     add("--micro-batches", choices=micro_batches, default="auto", help="in flight. Default: %(default)s")
-    add("--network-gbps", type=_positive, metavar="GBPS", help="of a card's NIC, in place of each card's own")
-    add("--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16", help="of weights and caches in the layouts. Default: %(default)s")  # fmt: skip
-    add("--profile", type=Path, metavar="FILE", help="times that `afd profile` measured, in place of rooflines")
+    add_workload_flags(group)
 
 
 def _add_outputs(group: argparse._ArgumentGroup) -> None:
@@ -106,20 +97,6 @@ def _add_outputs(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _whole(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
-    return number
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
 def plan(argv: Sequence[str]) -> int:
     flags = parser()
     given = flags.parse_args(list(argv))
@@ -134,25 +111,10 @@ def plan(argv: Sequence[str]) -> int:
         from afd_server.planner.plots import require_matplotlib
 
         require_matplotlib()
-    path = model_path(given.model)
-    model = read_counted_model(path, given.model if given.model in paper.BUNDLED else "")
+    path, model = read_model(given.model)
     names = [name for name in given.hardware.split(",") if name]
-    cards = choose(read_hardware(given.hardware_file, given.network_gbps), names or _default_cards(given))
+    cards = read_cards(given, names or _default_cards(given))
     return Plan(given, path, model, cards).run()
-
-
-def model_path(name: str) -> Path:
-    """Raises ModelError when it is neither a bundled model, nor a file or directory."""
-    if name in paper.BUNDLED:
-        return paper.MODELS / f"{name}.json"
-    if name in ("default", "default-moe"):
-        from afd_server.checkpoints.find import find_model
-
-        return find_model(name)
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise ModelError(f"{name}: no such file or directory, and none of {', '.join(paper.BUNDLED)}")
-    return path
 
 
 def _default_cards(given: Any) -> list[str]:
@@ -167,10 +129,7 @@ class Plan:
         self._given, self._path, self._model, self._cards = given, path, model, cards
         self._counts = count(model, given.context)
         self._costs = {name: role_cost(self._counts, card) for name, card in cards.items()}
-        profile = read_profile(given.profile) if given.profile else None
-        if profile is not None and profile.times.num_layers != model.num_layers:
-            raise ConfigError("--profile", f"is of {profile.model}, which has {profile.times.num_layers} layers and not {model.num_layers}")  # fmt: skip
-        self._workload = Workload(model, given.context, cards, Precision.all(given.dtype), profile=profile)
+        self._workload = read_workload(given, model, given.context, cards)
         micro_batches = MICRO_BATCHES if given.micro_batches == "auto" else (int(given.micro_batches),)
         assert max(micro_batches) <= MAX_MICRO_BATCHES
         wire = ("fp8", "bfloat16") if given.dtype != "float32" else ("fp8", "bfloat16", "float32")

@@ -56,8 +56,9 @@ def write_profile(profile: Profile, path: Path) -> None:
         raise ConfigError(str(path), f"cannot be written: {error.strerror}") from error
 
 
-def read_profile(path: Path) -> Profile:
-    """Raises ConfigError, naming the file and the key, for what is missing, unknown or not a time."""
+def read_profile(path: Path, layers: int | None = None) -> Profile:
+    """Raises ConfigError, naming the file and the key, for what is missing, unknown or not a time, and for a profile of a model that
+    has not so many layers."""
     values = read_yaml(path)
     if not isinstance(values, Mapping) or values.get("afd_profile") != VERSION:
         raise ConfigError(str(path), f"is no profile of version {VERSION}", "make one with afd profile")
@@ -74,9 +75,10 @@ def read_profile(path: Path) -> Profile:
     model, machine, measured_at = (
         str(values.get(key, "unknown")) for key in ("model", "machine", "measured_at")
     )
-    return Profile(
-        model, machine, measured_at, _number(values.get("mean_error", 0.0), "mean_error", path), times
-    )
+    if layers is not None and num_layers != layers:
+        raise ConfigError("--profile", f"is of {model}, which has {num_layers} layers and not {layers}")
+    error = _number(values.get("mean_error", 0.0), "mean_error", path)
+    return Profile(model, machine, measured_at, error, times)
 
 
 def _part(values: Mapping[str, Any], name: str, kind: type[Part], path: Path) -> Part:

@@ -17,13 +17,8 @@ from typing import Any
 
 from afd_server.config import ServeConfig
 from afd_server.errors import ConfigError
-from afd_server.planner import paper
-from afd_server.planner.command import model_path
-from afd_server.planner.hardware import choose, read_hardware
-from afd_server.planner.layout import Workload
-from afd_server.planner.model_config import CountedModel, read_counted_model
-from afd_server.planner.profile_file import read_profile
-from afd_server.planner.roofline import Precision
+from afd_server.planner.inputs import read_cards, read_model, read_workload
+from afd_server.planner.model_config import CountedModel
 from afd_server.simulator.demand import Demand, Lengths
 from afd_server.simulator.deployment import DEFAULT_CONTEXT, Deployment
 from afd_server.simulator.flags import SERVE_SETTINGS, check_workers, parser
@@ -62,8 +57,7 @@ def _simulate(given: Any) -> int:
         from afd_server.planner.plots import require_matplotlib
 
         require_matplotlib()
-    path = model_path(given.model)
-    model = read_counted_model(path, given.model if given.model in paper.BUNDLED else "")
+    _, model = read_model(given.model)
     deployment = _deployment(given, model)
     if given.study:
         return _study(given, deployment)
@@ -98,12 +92,9 @@ def _say_files(files: Sequence[Path]) -> None:
 
 def _deployment(given: Any, model: CountedModel) -> Deployment:
     attention, ffn = given.attention_card, given.ffn_card
-    cards = choose(read_hardware(given.hardware_file, given.network_gbps), [attention, ffn])
+    cards = read_cards(given, [attention, ffn])
     names = list(cards)
-    profile = read_profile(given.profile) if given.profile else None
-    if profile is not None and profile.times.num_layers != model.num_layers:
-        raise ConfigError("--profile", f"is of {profile.model}, which has {profile.times.num_layers} layers and not {model.num_layers}")  # fmt: skip
-    workload = Workload(model, DEFAULT_CONTEXT, cards, Precision.all(given.dtype), profile=profile)
+    workload = read_workload(given, model, DEFAULT_CONTEXT, cards)
     deployment = Deployment(workload, names[0], names[-1], given.wire_dtype)
     return deployment.undivided() if given.detail == Detail.UNDIVIDED else deployment
 

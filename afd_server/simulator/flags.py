@@ -12,11 +12,10 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from afd_server.command_line import Parser
+from afd_server.command_line import Parser, positive, whole
 from afd_server.config import MAX_MICRO_BATCHES, ServeConfig, flag
 from afd_server.errors import ConfigError
-from afd_server.planner import paper
-from afd_server.planner.roofline import DTYPE_BYTES
+from afd_server.planner.inputs import MODELS, add_workload_flags
 from afd_server.simulator.scenario import Detail, Kill, Resize
 
 # Settings of the server that a simulation depends on.
@@ -31,7 +30,7 @@ def parser() -> Parser:
     parser = Parser(
         prog="afd simulate",
         description="A deployment in simulated time: this server's own router, admission and scheduler, against workers that are a\n"
-        f"model of their times. MODEL_OR_CONFIG as for `afd plan`: a directory, a config.json, or one of {', '.join(paper.BUNDLED)}.",
+        f"model of their times. MODEL_OR_CONFIG, as for `afd plan`, is {MODELS}.",
     )
     parser.add_argument("model", metavar="MODEL_OR_CONFIG")
     _add_layout(parser.add_argument_group("layout, as in afd serve"))
@@ -76,10 +75,7 @@ def _add_cards(group: argparse._ArgumentGroup) -> None:
         help="of each attention worker. Default: %(default)s",
     )
     add("--ffn-card", default="h800", metavar="CARD", help="of each FFN worker. Default: %(default)s")
-    add("--hardware-file", type=Path, metavar="FILE", help="YAML with more cards")
-    add("--network-gbps", type=positive, metavar="GBPS", help="of a card's NIC, in place of each card's own")
-    add("--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16", help="of weights and caches. Default: %(default)s")  # fmt: skip
-    add("--profile", type=Path, metavar="FILE", help="times that `afd profile` measured, in place of rooflines")
+    add_workload_flags(group)
 
 
 def _add_demand(group: argparse._ArgumentGroup) -> None:
@@ -123,20 +119,6 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 # --- values --------------------------------------------------------------------------------------------------------
 
 
-def whole(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
-    return number
-
-
-def positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
 def kill(text: str) -> Kill:
     at, _, name = text.partition(":")
     return Kill(_moment(at, text), _worker(name, text))
@@ -158,7 +140,7 @@ def resize(text: str) -> Resize:
 def _moment(at: str, text: str) -> float:
     try:
         return positive(at)
-    except ValueError:
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} does not begin with seconds and a colon") from None
 
 
