@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/plan_accuracy.py /tmp/tiny --rounds 2 [--concurrency 1 8 32] [--context 128 1024]
 
-Each round profiles the checkpoint (`afd profile`), then lets real requests decode on the server's own workers
-(step_profile.py), right after one another since a shared machine's memory changes its speed from one minute to the next. The
-prediction is the planner's for one worker of each kind with the profile's times, at the requests' mean context; measured is the
-median step, from the end of one to the end of the next. The last line is JSON.
+Each round lets real requests decode on the server's own workers (step_profile.py), profiles the checkpoint (`afd profile`), and
+lets them decode again: a shared machine's memory changes its speed from one minute to the next, so what is compared with the
+profile is the mean of what was before and after it. The prediction is the planner's for one worker of each kind with the profile's
+times, at the requests' mean context; measured is the median step, from the end of one to the end of the next. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def profile(model: Path, most_requests: int, longest: int) -> Profile:
         return read_profile(out)
 
 
-def measured(model: Path, input_tokens: int, concurrencies: list[int]) -> dict[int, dict[str, float]]:
-    """Milliseconds of a median step, by requests in it: of each part, and of the whole from one end to the next."""
+def measured(model: Path, input_tokens: int, concurrencies: list[int]) -> dict[Case, dict[str, float]]:
+    """Milliseconds of a median step: of each part, and of the whole from one end to the next."""
     script = Path(__file__).with_name("step_profile.py")
     flags = ["--input-tokens", input_tokens, "--output-tokens", OUTPUT_TOKENS, "--concurrency", *concurrencies]
     done = subprocess.run(
         [sys.executable, script, model, *map(str, flags)], check=True, capture_output=True, text=True
     )
     return {
-        result["concurrency"]: {
+        Case(result["concurrency"], input_tokens): {
             "attention": result["attention_us"] / 1e3,
             "FFN": result["ffn_us"] / 1e3,
             "wire": (result["waiting_us"] - result["ffn_us"]) / 1e3,
@@ -73,6 +73,13 @@ def measured(model: Path, input_tokens: int, concurrencies: list[int]) -> dict[i
         }
         for result in json.loads(done.stdout.splitlines()[-1])["results"]
     }
+
+
+def measured_all(arguments: argparse.Namespace) -> dict[Case, dict[str, float]]:
+    found = {}
+    for input_tokens in arguments.context:
+        found |= measured(arguments.model, input_tokens, arguments.concurrency)
+    return found
 
 
 def predicted(model: Path, times: Profile, case: Case) -> dict[str, float]:
@@ -94,11 +101,12 @@ def main() -> int:
     found: dict[Case, list[tuple[dict[str, float], dict[str, float]]]] = {}
     longest = 2 * (max(arguments.context) + OUTPUT_TOKENS)
     for _ in range(arguments.rounds):
+        before = measured_all(arguments)
         times = profile(arguments.model, max(arguments.concurrency), longest)
-        for input_tokens in arguments.context:
-            for concurrency, theirs in measured(arguments.model, input_tokens, arguments.concurrency).items():
-                case = Case(concurrency, input_tokens)
-                found.setdefault(case, []).append((predicted(arguments.model, times, case), theirs))
+        after = measured_all(arguments)
+        for case, theirs in before.items():
+            mean = {part: (theirs[part] + after[case][part]) / 2 for part in PARTS}
+            found.setdefault(case, []).append((predicted(arguments.model, times, case), mean))
     ratios = {case: [ours["step"] / theirs["step"] for ours, theirs in pairs] for case, pairs in found.items()}
     print(
         f"{arguments.model.name}, {machine()}, commit {commit()}, {arguments.rounds} rounds; ms, predicted / measured\n"

@@ -19,7 +19,7 @@ from afd_server.bench import flags, generator, pareto, plot, report, sla, statis
 from afd_server.bench.dataset import TRACES
 from afd_server.bench.probe import Prober
 from afd_server.bench.session import Session, failure, opened, run_to_end
-from afd_server.command_line import Parser
+from afd_server.command_line import Parser, positive, whole
 from afd_server.errors import ConfigError
 
 KINDS = "serve: one run; sla: the highest load that holds a promise; pareto: a sweep over loads, with a plot"
@@ -49,12 +49,12 @@ def serve(argv: Sequence[str]) -> int:
     parser = _parser("serve", "Send requests to a server and report what its clients see. Options are named as those of\n"
                      "`vllm bench serve`. The last line is JSON.")  # fmt: skip
     load = parser.add_argument_group("the load")
-    load.add_argument("--num-prompts", type=flags.whole, default=1000, metavar="N", help="default: %(default)s")
+    load.add_argument("--num-prompts", type=whole, default=1000, metavar="N", help="default: %(default)s")
     load.add_argument("--request-rate", type=flags.rate, default=math.inf, metavar="R",
                       help="requests a second; inf sends all at once. Default: %(default)s")  # fmt: skip
     load.add_argument("--burstiness", type=flags.rate, default=1.0, metavar="B",
                       help="of the times: 1 is a Poisson process, less comes in bursts, more evenly. Default: %(default)g")  # fmt: skip
-    load.add_argument("--max-concurrency", type=flags.whole, metavar="N", help="requests under way at a time")
+    load.add_argument("--max-concurrency", type=whole, metavar="N", help="requests under way at a time")
     load.add_argument("--self-timed", action=argparse.BooleanOptionalAction, default=None,
                       help="send a trace's requests at its times, stretched to --request-rate if that is given. "
                       f"Default: on for {' and '.join(TRACES)}")  # fmt: skip
@@ -139,20 +139,16 @@ def sla_search(argv: Sequence[str]) -> int:
                      "then halve the distance, then try the best one again. The last line is JSON.")  # fmt: skip
     search = parser.add_argument_group("the search")
     search.add_argument(
-        "--tpot-sla-ms", type=flags.positive, required=True, metavar="MS", help="promised time per token"
+        "--tpot-sla-ms", type=positive, required=True, metavar="MS", help="promised time per token"
     )
-    search.add_argument(
-        "--ttft-sla-ms", type=flags.positive, metavar="MS", help="promised time to the first token"
-    )
+    search.add_argument("--ttft-sla-ms", type=positive, metavar="MS", help="promised time to the first token")
     search.add_argument("--sla-percentile", type=flags.percentile, default=99.0, metavar="P",
                         help="share of the requests that have to be within each promise. Default: %(default)g")  # fmt: skip
     search.add_argument("--workload-var", choices=sla.VARIABLES, default="max_concurrency",
                         help="the load: clients that always ask again, or requests a second, which needs --ttft-sla-ms. "
                         "Default: %(default)s")  # fmt: skip
-    search.add_argument(
-        "--max-load", type=flags.positive, default=4096, metavar="N", help="default: %(default)g"
-    )
-    search.add_argument("--tolerance", type=flags.positive, default=0.05, metavar="SHARE",
+    search.add_argument("--max-load", type=positive, default=4096, metavar="N", help="default: %(default)g")
+    search.add_argument("--tolerance", type=positive, default=0.05, metavar="SHARE",
                         help="of the load, at which the search ends. Default: %(default)g")  # fmt: skip
     _add_probe_flag(search)
     given = parser.parse_args(list(argv))
@@ -184,7 +180,7 @@ def sla_search(argv: Sequence[str]) -> int:
 
 
 def _add_probe_flag(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--probe-seconds", type=flags.positive, default=20.0, metavar="SECONDS",
+    group.add_argument("--probe-seconds", type=positive, default=20.0, metavar="SECONDS",
                        help="for which requests are sent under each load. Default: %(default)g")  # fmt: skip
 
 
@@ -207,12 +203,12 @@ def pareto_sweep(argv: Sequence[str]) -> int:
     sweep.add_argument(
         "--server", nargs="+", default=[], metavar="NAME=URL", help="default: the one of --base-url"
     )
-    sweep.add_argument("--max-concurrency", nargs="+", type=flags.whole, default=[1, 2, 4, 8, 16, 32], metavar="N",
+    sweep.add_argument("--max-concurrency", nargs="+", type=whole, default=[1, 2, 4, 8, 16, 32], metavar="N",
                        help="the loads: clients that always ask again. Default: 1 2 4 8 16 32")  # fmt: skip
     sweep.add_argument("--with", dest="earlier", nargs="+", type=Path, default=[], metavar="FILE",
                        help="saved results, for the same plot: of layouts that do not fit the machine together")  # fmt: skip
     sweep.add_argument("--plot", type=Path, metavar="FILE", help="write FILE.png and FILE.svg")
-    sweep.add_argument("--tpot-sla-ms", type=flags.positive, metavar="MS", help="a promise, drawn as a line")
+    sweep.add_argument("--tpot-sla-ms", type=positive, metavar="MS", help="a promise, drawn as a line")
     _add_probe_flag(sweep)
     given = parser.parse_args(list(argv))
     settings = flags.dataset_of(given)
