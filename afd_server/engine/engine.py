@@ -73,7 +73,7 @@ class Engine:
     def step(self) -> ReplicaUpdate:
         """Runs the next step. When it fails, its requests end with the error's sentence and the others go on."""
         outputs: list[RequestOutput] = []
-        timing = None
+        timing = ended = None
         began = self._busy_since or time.perf_counter()
         try:
             plan = self._scheduler.schedule(self._chooser.choose)
@@ -83,17 +83,17 @@ class Engine:
             predicted_s = self._model.predict_s(work)
             output = self._executor.execute(plan)
             outputs += self._scheduler.complete(output)
-            period_s = time.perf_counter() - began
-            timing = replace(output.timing, period_s=period_s, predicted_s=predicted_s)
+            ended = time.perf_counter()  # what follows from it belongs to the next step's period
+            timing = replace(output.timing, period_s=ended - began, predicted_s=predicted_s)
             self._chooser.observe(timing)
-            self._model.observe(work, period_s)
+            self._model.observe(work, timing.period_s)
         except WorkerError as error:
             logger.error("a step failed: %s", error)
             outputs += self._scheduler.fail_step(str(error))
         except Exception as error:  # whatever it is, the other requests must not wait for ever
             logger.exception("a step failed by a bug of this server")
             outputs += self._scheduler.fail_step(f"internal error: {type(error).__name__}: {error}")
-        self._busy_since = time.perf_counter() if self.has_work else None
+        self._busy_since = (ended or time.perf_counter()) if self.has_work else None
         return ReplicaUpdate(tuple(outputs), self._scheduler.stats(timing))
 
     def stats(self) -> ReplicaStats:

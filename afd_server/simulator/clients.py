@@ -20,7 +20,7 @@ from afd_server.simulator.demand import Demand
 from afd_server.traffic import Arrival
 from afd_server.types import FinishReason, GenerationRequest, ReplicaUpdate, SamplingParams
 
-READ_EVERY_S = 2.0
+READ_EVERY_S = 10.0
 # Clients that ask again and again begin one by one over this share of a run: all at once, steps would begin together and stay so.
 RAMP = 0.1
 # Contents of prompts: the first tokens tell requests apart, so that no two share a prefix.

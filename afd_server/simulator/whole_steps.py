@@ -7,9 +7,11 @@ What does not: the count itself (hop_by_hop.py), which this is made of and compa
 
 alone: the pipeline's own prediction of this step on idle FFN workers. delay: what a step loses in the queue of the FFN workers,
 which k steps share now, less what it wins by calls that are merged there: a window of k equal steps of their mean work (m
-micro-batches with attention a, FFN f and wire w a hop, and what comes between two steps) is executed hop by hop, some steps each, from random phases, with attention
-times spread by SPREAD; it takes that much longer than predicted. Windows are remembered by their work in steps of GRAIN. So this is exact for a step alone, close for a busy group of
-like steps, and approximate where a long prompt meets short steps, or where a step's company changes on its way.
+micro-batches with attention a, FFN f and wire w a hop, and what comes between two steps) is executed hop by hop, some steps each,
+from random phases, with attention times spread by SPREAD; it takes that much longer than predicted. Steps of many layers are
+shortened for it to WINDOW_LAYERS, with as much less between them: what is lost at a layer does not depend on how many there are.
+Windows are remembered by their work in steps of GRAIN. So this is exact for a step alone, close for a busy group of like steps, and
+approximate where a long prompt meets short steps, or where a step's company changes on its way.
 
 Where a worker is lost, its callers share those of the next replica from their next step on; where there is none, their steps
 stand still until it is back. The workers of one replica have the same callers, so they are counted once as long as all live.
@@ -20,7 +22,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from afd_server.attention.preference import by_preference
 from afd_server.engine.micro_batches import HopTimes, predict_step_s
@@ -37,6 +39,7 @@ GRAIN = 0.1
 SPREAD = 0.1
 # Steps of each replica in a window, and how many of them come before the measurement.
 WINDOW_STEPS, SETTLING_STEPS = 10, 6
+WINDOW_LAYERS = 20
 # Up to so many steps in a group their number is taken as it is, beyond it in shares of GRAIN.
 FEW = 8
 
@@ -113,16 +116,18 @@ class Windows:
 
     def _execute(self, count: int, shape: Shape) -> Window:
         mean, slowness = shape.mean, shape.slowness
+        num_layers = min(self._times.num_layers, WINDOW_LAYERS)
+        overhead_s = shape.overhead_s * num_layers / self._times.num_layers
         events, generator = Events(), random.Random(count)
-        execution = HopByHop(events, self._times, slowness={0: slowness})
+        execution = HopByHop(events, replace(self._times, num_layers=num_layers), slowness={0: slowness})
         late_s, num_left = 0.0, count
 
         def start(replica: int, step: int) -> None:
             spread = 1 + SPREAD * (2 * generator.random() - 1)
             hops = [HopTimes(mean.tokens, spread * mean.attention_s, slowness * mean.ffn_s, mean.wire_s)]
             hops *= shape.num_micro_batches
-            alone_s = predict_step_s(hops, self._times.num_layers) + shape.overhead_s
-            execution.begin(replica, hops, shape.overhead_s, lambda ended: end(replica, step, alone_s, ended))
+            alone_s = predict_step_s(hops, num_layers) + overhead_s
+            execution.begin(replica, hops, overhead_s, lambda ended: end(replica, step, alone_s, ended))
 
         def end(replica: int, step: int, alone_s: float, ended: StepTiming | WorkerError) -> None:
             nonlocal late_s, num_left
@@ -133,14 +138,14 @@ class Windows:
             if num_left:  # the others keep it company until all have been measured
                 start(replica, step + 1)
 
-        usual_s = self.alone_s([mean] * shape.num_micro_batches) + shape.overhead_s
+        usual_s = predict_step_s([mean] * shape.num_micro_batches, num_layers) + overhead_s
         for replica in range(count):
             events.at(generator.random() * usual_s, start, replica, 0)
         events.run_until(math.inf)
         worker = execution.workers[0]
+        whole_steps = count * (WINDOW_STEPS - SETTLING_STEPS) * num_layers / self._times.num_layers
         num_calls = self._times.num_layers * shape.num_micro_batches
-        measured = count * (WINDOW_STEPS - SETTLING_STEPS)
-        return Window(late_s / measured, worker.busy_s / worker.num_calls * num_calls)
+        return Window(late_s / whole_steps, worker.busy_s / worker.num_calls * num_calls)
 
 
 def _grain(value: float) -> int:

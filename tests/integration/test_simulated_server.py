@@ -22,8 +22,11 @@ from tests.checkpoints import write_checkpoint, write_tokenizer
 
 pytestmark = pytest.mark.integration
 
-NUM_REQUESTS, LAYERS = 30, 8
-TRIES = 8
+NUM_REQUESTS, LAYERS = 20, 8
+# Steps of one request between two of them: where prompts come faster than they are read, what a request waits is the sum of all
+# small differences before it.
+PAUSE_STEPS = 24
+RUNS = (3, 5, 7)
 SETTINGS = {"max_model_len": 256, "max_num_seqs": 16, "max_num_batched_tokens": 32, "micro_batches": "1"}
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 256, "intermediate_size": 1024}
 
@@ -45,7 +48,7 @@ async def serve_live(llm):
 
     async with Router(llm.workers.clients, on_stats=lambda _, stats: timings.append(stats.timing)) as router:
         await one(router, -1, 60, 60)  # first touch of everything
-        pause_s = 12 * outcomes[0][1]
+        pause_s = PAUSE_STEPS * outcomes[0][1]
         for found in (timings, arrivals, outcomes):
             found.clear()
         began_s = loop.time()
@@ -117,13 +120,15 @@ def compare(arrivals, timings, live, seconds):
 
 
 def test_a_simulated_server_is_as_fast_as_the_live_one_within_15_percent(tmp_path):
-    """Whatever else the machine does delays single steps of the live run, which no model knows of: then it is run again."""
+    """The medians over a few runs: whatever else the machine does delays single steps, which no model knows of."""
     write_checkpoint("llama", tmp_path, **SIZES)
     write_tokenizer(tmp_path)
     ratios = []
     with LLM(ServeConfig(model=str(tmp_path), executor="local", **SETTINGS)) as llm:
-        for _ in range(TRIES):
-            ratios.append(compare(*asyncio.run(serve_live(llm))))
-            if all(abs(ratio - 1) <= 0.15 for ratio in ratios[-1].values()):
+        for runs in RUNS:
+            while len(ratios) < runs:
+                ratios.append(compare(*asyncio.run(serve_live(llm))))
+            medians = {name: statistics.median(each[name] for each in ratios) for name in ratios[0]}
+            if all(abs(median - 1) <= 0.15 for median in medians.values()):
                 return
     pytest.fail(f"simulated over live: {ratios}")

@@ -62,7 +62,7 @@ def test_noise_is_seen_through():
 def test_prompts_that_are_faster_by_the_row_do_not_bend_what_decoding_takes():
     decoding = [sample for sample in samples() if not sample.chunk_pairs]
     prompts = [
-        dataclasses.replace(sample, attention_s=sample.attention_s / 2, ffn_s=sample.ffn_s / 2)
+        dataclasses.replace(sample, attention_s=0.8 * sample.attention_s, ffn_s=0.8 * sample.ffn_s)
         for sample in samples()
         if sample.chunk_pairs
     ]
@@ -70,7 +70,7 @@ def test_prompts_that_are_faster_by_the_row_do_not_bend_what_decoding_takes():
     assert times.step_s(64, 64 * 512) == pytest.approx(alone.step_s(64, 64 * 512))
     for sample in prompts:
         pairs = sample.chunk_pairs
-        assert 4 * times.attention_s(sample.rows, 0, pairs) == pytest.approx(sample.attention_s, rel=0.02)
+        assert 4 * times.attention_s(sample.rows, 0, pairs) == pytest.approx(sample.attention_s, rel=0.05)
         assert 4 * times.ffn_s(sample.rows) == pytest.approx(sample.ffn_s, rel=0.1)
         # Where no prompt was measured, further rows cost what the last of decoding did.
         assert alone.ffn_s(sample.rows) > times.ffn_s(sample.rows)
