@@ -93,7 +93,7 @@ def _cards(workload: Workload, limits: Limits) -> ConfigError | None:
                            "use larger ones, or a smaller --dtype")  # fmt: skip
     return ConfigError(
         "--max-gpus",
-        f"{limits.max_cards} cards do not hold the FFN's {weights} of weights beside one attention worker",
+        f"{limits.max_cards} of them cannot hold the FFN's {weights} of weights beside one attention worker",
         f"nearest: {fewest}",
     )
 

@@ -117,7 +117,9 @@ def _scenario(given: Any, deployment: Deployment, model: CountedModel) -> Scenar
         raise ConfigError("--detail", f"{given.detail} knows no failures and no resizing", "use hops or steps")
     warm_up_s = given.duration / 5 if given.warm_up is None else given.warm_up
     if not 0 <= warm_up_s < given.duration:
-        raise ConfigError("--warm-up", f"{warm_up_s:g} s leave nothing of --duration {given.duration:g}")
+        raise ConfigError(
+            "--warm-up", f"{warm_up_s:g} s leave nothing of --duration {given.duration:g}", "take less"
+        )
     times = deployment.times(config)
     least_ms = times.step_s(1, 1) * 1e3
     if config.tpot_sla_ms is not None and config.tpot_sla_ms < least_ms:
@@ -154,9 +156,10 @@ def _demand(given: Any) -> Demand:
         "--trace": given.trace,
     }
     chosen = [flag for flag, value in kinds.items() if value is not None]
-    if len(chosen) != 1:
-        raise ConfigError(chosen[1] if chosen else "--request-rate", "says when requests come, and one of three must",
-                          f"give one of {', '.join(kinds)}")  # fmt: skip
+    if not chosen:
+        raise ConfigError("--request-rate", "nothing says when requests come", f"give one of {', '.join(kinds)}")  # fmt: skip
+    if len(chosen) > 1:
+        raise ConfigError(chosen[1], f"{chosen[0]} says already when requests come", "give one of them")
     return Demand(
         prompt=Lengths.parse("--input-len", given.input_len),
         output=Lengths.parse("--output-len", given.output_len),

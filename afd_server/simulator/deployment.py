@@ -13,6 +13,7 @@ from afd_server.planner.layout import (
     Layout,
     Workload,
     attention_weight_bytes,
+    ffn_fits,
     ffn_worker_bytes,
     usable_bytes,
 )
@@ -20,6 +21,8 @@ from afd_server.planner.times import LayerTimes
 
 # Context at which a cache entry's time is taken, where the model does not depend on it: the roofline's default.
 DEFAULT_CONTEXT = 8192
+# FFN workers of one replica that are looked at when too few were asked for.
+MOST_SHARDS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Deployment:
             weights += ffn_weights
         elif ffn_weights > usable_bytes(workload, self.ffn_card):
             raise _too_large("--ffn-workers", "an FFN worker's weights", ffn_weights, self.ffn_card, workload,
-                             "use more --ffn-workers a replica, or a larger --ffn-card")  # fmt: skip
+                             f"use {self._fewest_shards(layout)} or more --ffn-workers a replica, or a larger --ffn-card")  # fmt: skip
         usable = usable_bytes(workload, self.attention_card)
         if weights > usable:
             raise _too_large("--attention-card", "an attention worker's weights", weights, self.attention_card, workload,
@@ -62,6 +65,18 @@ class Deployment:
                 "--max-model-len", f"{config.max_model_len} tokens do not fit the cache", f"at most {tokens} do"
             )
         return tokens
+
+    def _fewest_shards(self, layout: Layout) -> int:
+        """FFN workers of one replica that hold the weights, divided by experts, or where there are none by tensors."""
+        divided = (
+            "expert_shards" if any(ffn.num_experts for ffn in self.workload.model.ffn) else "tensor_shards"
+        )
+        for count in range(layout.ffn_workers + 1, MOST_SHARDS):
+            if ffn_fits(
+                self.workload, replace(layout, **{"expert_shards": 1, "tensor_shards": 1, divided: count})
+            ):
+                return count
+        return MOST_SHARDS
 
     def usd_per_hour(self) -> tuple[float, float]:
         """Of an attention and an FFN worker."""
