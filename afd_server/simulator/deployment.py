@@ -68,13 +68,10 @@ class Deployment:
 
     def _fewest_shards(self, layout: Layout) -> int:
         """FFN workers of one replica that hold the weights, divided by experts, or where there are none by tensors."""
-        divided = (
-            "expert_shards" if any(ffn.num_experts for ffn in self.workload.model.ffn) else "tensor_shards"
-        )
+        has_experts = any(ffn.num_experts for ffn in self.workload.model.ffn)
         for count in range(layout.ffn_workers + 1, MOST_SHARDS):
-            if ffn_fits(
-                self.workload, replace(layout, **{"expert_shards": 1, "tensor_shards": 1, divided: count})
-            ):
+            experts, tensors = (count, 1) if has_experts else (1, count)
+            if ffn_fits(self.workload, replace(layout, expert_shards=experts, tensor_shards=tensors)):
                 return count
         return MOST_SHARDS
 
