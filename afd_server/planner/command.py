@@ -136,7 +136,7 @@ class Plan:
         self._limits = Limits(
             given.tpot_sla_ms / 1e3,
             given.max_gpus,
-            list(itertools.product(cards, repeat=2)),
+            list(itertools.product(cards, cards)),
             micro_batches=micro_batches,
             wire_dtypes=wire,
         )
