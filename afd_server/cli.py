@@ -56,7 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments[:1])
     try:
-        return COMMANDS[chosen.command][0](arguments[1:])
+        code = COMMANDS[chosen.command][0](arguments[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read what is printed has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ServingError as error:
         print(f"afd {chosen.command}: {_one_line(str(error))}", file=sys.stderr)
         return USAGE_ERROR if isinstance(error, StartError) else 1

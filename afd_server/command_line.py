@@ -59,6 +59,13 @@ def positive(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    value = number(text)
+    if not 0 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
+    return value
+
+
 def number(text: str) -> float:
     """NaN for what is none."""
     try:

@@ -22,14 +22,14 @@ from afd_server.planner.cost import role_cost
 from afd_server.planner.counts import count
 from afd_server.planner.hardware import Hardware
 from afd_server.planner.inputs import MODELS, add_workload_flags, read_cards, read_model, read_workload
-from afd_server.planner.layout import Prediction, most_requests
+from afd_server.planner.layout import Prediction
 from afd_server.planner.model_config import CountedModel
-from afd_server.planner.search import MICRO_BATCHES, OBJECTIVES, Limits, search
+from afd_server.planner.search import MICRO_BATCHES, OBJECTIVES, Limits, best_pairs, search
 from afd_server.planner.serve_command import remarks_on_layout, remarks_on_model, serve_command
 
 PROFILED_CARD = "cpu-epyc"
-# With more cards than this only the best few of each role are combined.
-MAX_CARDS_COMBINED = 3
+# Pairs of cards, for attention and FFN, that are searched to the end.
+MAX_PAIRS = 9
 
 
 def parser() -> Parser:
@@ -136,17 +136,14 @@ class Plan:
         self._limits = Limits(
             given.tpot_sla_ms / 1e3,
             given.max_gpus,
-            self._pairs(),
+            list(itertools.product(cards, cards)),
             micro_batches=micro_batches,
             wire_dtypes=wire,
         )
 
     def run(self) -> int:
+        self._choose_pairs()
         found = search(self._workload, self._limits, self._given.objective)
-        if not found and len(self._cards) > MAX_CARDS_COMBINED:
-            # Those that look best may be too small, or too slow.
-            self._limits = dataclasses.replace(self._limits, pairs=[(name, name) for name in self._cards])
-            found = search(self._workload, self._limits, self._given.objective)
         problem = None if found else infeasible.reason(self._workload, self._limits)
         if self._given.json:
             self._print_json(found, problem)
@@ -161,19 +158,12 @@ class Plan:
             print(f"afd plan: {problem}", file=sys.stderr)
         return 0 if found else USAGE_ERROR
 
-    def _pairs(self) -> list[tuple[str, str]]:
-        """Of cards for attention and FFN: all, or of many the best few by the roofline's price or time."""
-        attention, ffn = list(self._cards), list(self._cards)
-        if len(self._cards) > MAX_CARDS_COMBINED:
-            by_cost = self._given.objective == "cost"
-
-            def worth(name: str) -> float:
-                return 1.0 if by_cost else 1.0 / self._cards[name].usd_per_s
-
-            attention = [name for name in attention if most_requests(self._workload, name)] or attention
-            attention.sort(key=lambda name: self._costs[name].attention * worth(name))
-            ffn.sort(key=lambda name: self._costs[name].ffn * worth(name))
-        return list(itertools.product(attention[:MAX_CARDS_COMBINED], ffn[:MAX_CARDS_COMBINED]))
+    def _choose_pairs(self) -> None:
+        """Of many pairs of cards the most promising ones are searched; where none promises anything, what cannot be said of all."""
+        if len(self._limits.pairs) > MAX_PAIRS:
+            pairs = best_pairs(self._workload, self._limits, self._given.objective, MAX_PAIRS)
+            pairs = pairs or [(name, name) for name in self._cards]
+            self._limits = dataclasses.replace(self._limits, pairs=pairs)
 
     def _command(self, best: Prediction) -> str:
         given = self._given

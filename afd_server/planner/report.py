@@ -57,11 +57,9 @@ def explain_lines(model: CountedModel, context: int, cards: Mapping[str, Hardwar
     yield "where the cards' numbers are from:"
     for card in cards.values():
         for key, source in card.sources.items():
-            value = (
-                {name: f"{flops:g}" for name, flops in card.flops.items()}
-                if key == "flops"
-                else f"{getattr(card, key):g}"
-            )
+            value = f"{getattr(card, key):g}" if key != "flops" else ", ".join(
+                f"{flops:g} in {name}" for name, flops in card.flops.items()
+            )  # fmt: skip
             yield f"  {card.name} {key} {value}: {source}"
 
 

@@ -11,6 +11,7 @@ first how good a combination may be; combinations are played from the best bound
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ from afd_server.planner.timeline import least_step_s
 OBJECTIVES = ("cost", "throughput")
 SHARDS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
 TENSOR_SHARDS = (1, 2, 4, 8)
+# Attention workers of the layouts by which pairs of cards are compared.
+COARSE_WORKERS = (1, 2, 4, 8, 16, 32)
 MICRO_BATCHES = tuple(range(1, MAX_MICRO_BATCHES + 1))
 # A wider wire type is kept where it costs no more than this.
 WIDER_WIRE = 0.01
@@ -77,6 +80,26 @@ def search(workload: Workload, limits: Limits, objective: str, *, best: int = 5)
         if key not in found or _is_better(prediction, found[key], objective):
             found[key] = prediction
     return sorted(found.values(), key=lambda prediction: _price(prediction, objective))[:best]
+
+
+def best_pairs(workload: Workload, limits: Limits, objective: str, most: int) -> list[tuple[str, str]]:
+    """The most promising pairs of cards: by the bound of their best layout among a few, of which none is played through."""
+    coarse = dataclasses.replace(
+        limits,
+        attention_workers=COARSE_WORKERS,
+        micro_batches=limits.micro_batches[-1:],
+        wire_dtypes=limits.wire_dtypes[:1],
+    )
+    bounds: dict[tuple[str, str], float] = {}
+    for layout in combinations(workload, coarse):
+        if layout.num_cards > limits.max_cards:
+            continue
+        requests = _most_within(workload, layout, limits.tpot_s, _least_tpot_s)
+        if requests:
+            pair = layout.attention_card, layout.ffn_card
+            bound = _bound(workload, dataclasses.replace(layout, requests=requests), objective)
+            bounds[pair] = min(bound, bounds.get(pair, math.inf))
+    return sorted(bounds, key=lambda pair: bounds[pair])[:most]
 
 
 def combinations(workload: Workload, limits: Limits) -> Iterator[Layout]:

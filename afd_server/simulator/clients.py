@@ -54,14 +54,16 @@ class Outcome:
 
 
 class Clients:
-    """All of them. longest_tokens: of prompt and output; prompts that leave no room are cut. bin_s: of tokens_per_bin."""
+    """All of them. longest_tokens: of prompt and output; prompts that leave no room are cut. bin_s: of tokens_per_bin. front_end_s:
+    what a request takes to the router and its first token back."""
 
-    def __init__(self, router: Router, longest_tokens: int, bin_s: float) -> None:
+    def __init__(self, router: Router, longest_tokens: int, bin_s: float, front_end_s: float = 0.0) -> None:
         self.outcomes: list[Outcome] = []
         self.tokens_per_bin: dict[int, int] = {}
         self._router = router
         self._longest_tokens = longest_tokens
         self._bin_s = bin_s
+        self._front_end_s = front_end_s
         self._time = asyncio.get_running_loop().time
         self._running: dict[str, tuple[Outcome, asyncio.Future[None]]] = {}
 
@@ -120,6 +122,7 @@ class Clients:
             SamplingParams(min(arrival.output_tokens, self._longest_tokens - outcome.prompt_tokens)),
         )
         try:
+            await asyncio.sleep(self._front_end_s)
             await self._read(request, outcome, ended)
         except ServingError as error:
             outcome.problem, outcome.refused = str(error), isinstance(error, OverloadedError)

@@ -116,7 +116,7 @@ def _scenario(given: Any, deployment: Deployment, model: CountedModel) -> Scenar
     if given.detail in (Detail.LOCKSTEP, Detail.UNDIVIDED) and (given.mtbf_hours or given.kill or given.resize):
         raise ConfigError("--detail", f"{given.detail} knows no failures and no resizing", "use hops or steps")
     warm_up_s = given.duration / 5 if given.warm_up is None else given.warm_up
-    if not 0 <= warm_up_s < given.duration:
+    if warm_up_s >= given.duration:
         raise ConfigError(
             "--warm-up", f"{warm_up_s:g} s leave nothing of --duration {given.duration:g}", "take less"
         )
@@ -143,6 +143,7 @@ def _scenario(given: Any, deployment: Deployment, model: CountedModel) -> Scenar
             kills=tuple(given.kill),
         ),
         resizes=tuple(given.resize),
+        front_end_s=given.front_end_ms / 1e3,
         detail=Detail(given.detail),
         warm_up_s=warm_up_s,
         seed=given.seed,

@@ -12,7 +12,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from afd_server.command_line import Parser, positive, whole
+from afd_server.command_line import Parser, not_negative, positive, whole
 from afd_server.config import MAX_MICRO_BATCHES, ServeConfig, flag
 from afd_server.errors import ConfigError
 from afd_server.planner.inputs import MODELS, add_workload_flags
@@ -23,6 +23,8 @@ SERVE_SETTINGS = (
     "attention_workers", "ffn_workers", "ffn_replicas", "ffn_parallel", "max_num_seqs", "max_num_batched_tokens", "max_model_len",
     "enable_chunked_prefill", "tpot_sla_ms", "ttft_sla_ms", "max_queue_len", "ffn_timeout", "drain_timeout",
 )  # fmt: skip
+# Measured with this server on two cores, for prompts of a few hundred tokens.
+FRONT_END_MS = 4.0
 STUDIES = ("ratio", "undivided", "ffn-loss", "lockstep")
 
 
@@ -89,6 +91,8 @@ def _add_demand(group: argparse._ArgumentGroup) -> None:
     add("--input-len", default="lognormal:1024:1", metavar="DIST", help=lengths)
     add("--output-len", default="lognormal:256:1", metavar="DIST", help=lengths)
     add("--duration", type=positive, default=60.0, metavar="S", help="seconds of traffic. Default: %(default)g")
+    add("--front-end-ms", type=not_negative, default=FRONT_END_MS, metavar="MS", help="of a request's way to its replica and its first "
+        "token's way back: HTTP, text, the control channel. Default: %(default)g")  # fmt: skip
     add("--seed", type=int, default=0, help="of all that is drawn. Default: %(default)s")
 
 
@@ -106,7 +110,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--detail", choices=tuple(map(str, Detail)), default="auto", help="hops: every call is an event; steps: a step is, which is an estimate; "
         "auto: hops where they are few; lockstep, undivided: for comparison. Default: %(default)s")  # fmt: skip
-    add("--warm-up", type=float, metavar="S", help="at first, which results leave out. Default: a fifth")
+    add("--warm-up", type=not_negative, metavar="S", help="at first, which results leave out. Default: a fifth")
     add(
         "--study",
         choices=STUDIES,

@@ -56,7 +56,7 @@ class Scenario:
     """config: a resolved one: layout, limits and promises. times: of one attention worker and one FFN shard.
 
     kv_tokens: cache of one attention worker. gpus and usd_per_hour: of one worker of a role. slowness: of single workers, by name.
-    warm_up_s: at first, which results leave out.
+    front_end_s: from a client's request to the router and back with the first token. warm_up_s: at first, which results leave out.
     """
 
     config: ServeConfig
@@ -71,6 +71,7 @@ class Scenario:
     slowness: dict[str, float] = field(default_factory=dict)
     failures: Failures = field(default_factory=Failures)
     resizes: tuple[Resize, ...] = ()
+    front_end_s: float = 0.0
     detail: Detail = Detail.AUTO
     warm_up_s: float = 0.0
     drain: bool = False

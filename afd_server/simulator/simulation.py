@@ -70,7 +70,7 @@ async def _run(scenario: Scenario, progress: Progress | None, spans: Spans | Non
     bin_s = scenario.duration_s * BIN
     async with Router(fleet.clients(), admission=_admission(scenario, loop), clock=loop.time) as router:
         assert config.max_model_len is not None
-        clients = Clients(router, config.max_model_len, bin_s)
+        clients = Clients(router, config.max_model_len, bin_s, scenario.front_end_s)
         fleet.router, fleet.on_update = router, clients.note_update
         background = [asyncio.create_task(each) for each in _disturbances(scenario, fleet)]
         if progress is not None:

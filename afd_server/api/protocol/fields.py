@@ -26,7 +26,7 @@ def finite(**bounds: Any) -> Any:
 
 
 # What asks for nothing, as JSON has it.
-NOTHING = (None, False, 0, "", [], {})
+NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The layout search: what it finds keeps every limit, nothing that was tried is better, and none found is explained."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -21,7 +22,7 @@ from afd_server.planner.layout import (
 )
 from afd_server.planner.paper import bundled_model
 from afd_server.planner.roofline import Precision
-from afd_server.planner.search import Limits, combinations, search
+from afd_server.planner.search import Limits, best_pairs, combinations, search
 
 CARDS = choose(read_hardware(), ["h800", "h20"])
 PAIRS = [("h20", "h800"), ("h800", "h800")]
@@ -32,6 +33,15 @@ def workload(context=8192, name="step-3", dtype="fp8"):
 
 
 LIMITS = Limits(0.05, 16, PAIRS)
+
+
+def test_the_few_pairs_that_are_searched_hold_the_best_of_all():
+    cards = choose(read_hardware(), ["h800", "h20", "a800", "910b"])
+    work = dataclasses.replace(workload(), cards=cards)
+    everything = Limits(0.05, 16, list(itertools.product(cards, repeat=2)), micro_batches=(3,))
+    few = dataclasses.replace(everything, pairs=best_pairs(work, everything, "cost", 4))
+    assert len(few.pairs) == 4
+    assert search(work, few, "cost", best=1)[0] == search(work, everything, "cost", best=1)[0]
 
 
 @pytest.mark.parametrize("objective", ["cost", "throughput"])

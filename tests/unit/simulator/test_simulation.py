@@ -27,6 +27,13 @@ def test_one_request_alone_takes_a_step_for_its_prompt_and_one_for_each_further_
     assert result.bubble_share == pytest.approx(12e-3 / STEP_S, rel=0.05)
 
 
+def test_the_way_through_the_front_end_is_in_the_time_to_the_first_token_alone():
+    ask = demand(clients=1, prompt="1", output="100")
+    near, far = (simulate(scenario(demand=ask, front_end_s=way_s)).outcomes[0] for way_s in (0.0, 0.05))
+    assert far.ttft_s == pytest.approx(near.ttft_s + 0.05)
+    assert far.tpot_s == pytest.approx(near.tpot_s)
+
+
 def test_cost_is_of_all_workers_for_all_of_the_time():
     priced = scenario(2, 3, attention_usd_per_hour=2.0, ffn_usd_per_hour=1.0, attention_gpus=2, ffn_gpus=4)
     result = simulate(priced)
