@@ -17,8 +17,8 @@ from afd_server.types import LayerTotal, WaitTotal, WorkerTotals
 
 # From these ratios on something is said to be slow, or hot. Less is within what a busy host does to anybody.
 SLOW_WORKER, SLOW_LAYER, HOT_EXPERT = 1.5, 1.5, 2.0
-# Fewer batches tell nothing.
-MIN_BATCHES = 20
+# Fewer batches tell nothing, and who hardly computes holds up nobody.
+MIN_BATCHES, MIN_BUSY_SHARE = 20, 0.01
 MIN_CHOICES_PER_EXPERT = 20
 NUM_HOTTEST = 8
 # Upper bounds of an expert's load over the mean of its layer.
@@ -81,7 +81,7 @@ def straggler_report(totals: Sequence[WorkerTotals], seconds: float | None) -> S
     workers = tuple(_pace(each, [peer for peer in totals if _are_peers(each, peer)]) for each in totals)
     layers = tuple(pace for role in ("attention", "ffn") for pace in _layer_paces(role, totals, tokens))
     loads = sorted(_loads(tokens), key=lambda each: -each.load)
-    found = (*_slow_workers(workers), *_slow_layers(layers), *_hot_experts(loads, tokens))
+    found = (*_slow_workers(workers, seconds), *_slow_layers(layers), *_hot_experts(loads, tokens))
     nothing = (
         "nothing ran" if not any(each.batches for each in workers) else "no worker, layer or expert stands out"
     )
@@ -164,9 +164,11 @@ def _slowness(worker: WorkerTotals, peers: Sequence[WorkerTotals]) -> float | No
     return spent_s / expected_s if expected_s > 0 else None
 
 
-def _slow_workers(workers: Sequence[WorkerPace]) -> Iterable[str]:
+def _slow_workers(workers: Sequence[WorkerPace], seconds: float | None) -> Iterable[str]:
     for each in workers:
         if each.slowness is None or each.slowness < SLOW_WORKER or each.batches < MIN_BATCHES:
+            continue
+        if seconds is not None and each.seconds < MIN_BUSY_SHARE * seconds:
             continue
         peers = [
             peer for peer in workers if peer.role == each.role and peer.worker != each.worker and peer.batches
@@ -264,4 +266,4 @@ def _wait_since(now: WaitTotal, before: WaitTotal) -> WaitTotal:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} us"
