@@ -62,6 +62,28 @@ def test_a_few_batches_tell_nothing():
     assert straggler_report([ffn(0, 0.0, batches=0)], None).findings == ("nothing ran",)
 
 
+def attention(*waited_s, calls=1000):
+    waits = tuple(
+        WaitTotal(f"ffn-{index}", calls, 0.1, 0.1, 0.2 + each_s) for index, each_s in enumerate(waited_s)
+    )
+    return WorkerTotals("attention-0", "attention", (LayerTotal(1.0, 1000, 8000),), waits)
+
+
+def test_answers_that_come_late_are_told_although_computing_takes_no_longer():
+    report = straggler_report([attention(0.1, 2.0, 0.2), ffn(0, 0.001), ffn(1, 0.001), ffn(2, 0.001)], 60.0)
+    assert report.findings == (
+        "answers of ffn-1 come late: its callers stand still for 2 ms a call beyond what it says that it took, "
+        "for its peers 0.15 ms (its host is busy, it has more callers, or the way to it is slow)",
+    )
+
+
+@pytest.mark.parametrize(
+    "waits", [attention(0.1, 0.25), attention(1.5, 2.0), attention(9.0), attention(0.1, 2.0, calls=5)]
+)
+def test_small_differences_of_waiting_tell_nothing(waits):
+    assert straggler_report([waits], 60.0).findings == NOTHING_STANDS_OUT
+
+
 def test_who_hardly_computes_holds_up_nobody():
     idle = [ffn(0, 0.001), ffn(1, 0.003)]
     assert straggler_report(idle, 60.0).findings == NOTHING_STANDS_OUT
