@@ -15,7 +15,7 @@ from torch import Tensor
 from afd_server.config import SPARSE_DISPATCH_FROM
 from afd_server.models.ffn_call import FFNCall
 from afd_server.models.halves import bounds
-from afd_server.transport.base import Answer
+from afd_server.transport.base import Answer, CallTag
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +57,27 @@ def divide(call: FFNCall, layout: GroupLayout) -> dict[int, Part]:
     return parts
 
 
+def in_turn(parts: Mapping[int, Part], tag: CallTag) -> list[int]:
+    """The shards in the order in which their answers are waited for, another one first in each layer: who is first has the way of all
+    in his time, and that would tell against him."""
+    shards = list(parts)
+    first = (tag.step + tag.layer) % max(1, len(shards))
+    return shards[first:] + shards[:first]
+
+
 def summed(
     call: FFNCall, parts: Mapping[int, Part], answers: Mapping[int, Answer], dtype: torch.dtype
 ) -> Tensor:
-    """The sum of the shards' partial results, [T, H] in `dtype`."""
+    """The sum of the shards' partial results, [T, H] in `dtype`; in the order of the parts, whoever answered first."""
     device = call.x.device
     if len(answers) == 1:
         ((shard, answer),) = answers.items()
         if parts[shard].rows_T is None:
             return answer.y.to(device=device, dtype=dtype)
     total_TH = torch.zeros(call.x.shape, dtype=torch.float32, device=device)
-    for shard, answer in answers.items():
-        partial = answer.y.to(device=device, dtype=torch.float32)
-        rows_T = parts[shard].rows_T
+    for shard, part in parts.items():
+        partial = answers[shard].y.to(device=device, dtype=torch.float32)
+        rows_T = part.rows_T
         if rows_T is None:
             total_TH += partial
         else:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from afd_server.attention.dispatch import GroupLayout, Part, divide, summed
+from afd_server.attention.dispatch import GroupLayout, Part, divide, in_turn, summed
 from afd_server.attention.group_timing import GroupTiming
 from afd_server.attention.hop_notes import HopNotes
 from afd_server.attention.preference import by_preference
@@ -148,7 +148,7 @@ class FFNGroup:
         deadline = flight.sent_at + self._timeout_s
         waiting_since = since = time.monotonic()
         answers: dict[int, Answer] = {}
-        for shard in flight.parts:
+        for shard in in_turn(flight.parts, flight.tag):
             answer = answers[shard] = self._receive_part(flight, shard, deadline)
             moments = (flight.left_at, since, since := time.monotonic())
             self.hops.answered(flight.tag, flight.holders[shard], answer, moments)

@@ -129,6 +129,7 @@ class FFNWorker:
         for incoming in batch:
             self._reply(incoming, round((ended - began) * 1e6), sum(rows))
         self.account.totals.note(batch[0].tag.layer, ended - began, sum(rows))
+        self.account.count()
         if self.recorder.windows:
             for incoming, own_rows in zip(batch, rows, strict=True):
                 tag = incoming.tag
@@ -154,12 +155,12 @@ class FFNWorker:
 
     def _compute(self, batch: Sequence[IncomingCall]) -> None:
         if len(batch) == 1:
-            call = self._counted(batch[0].call)
+            call = self._routed(batch[0].call)
             self._half.forward(call, out=batch[0].answer_buffer())
             batch[0].finish()
             return
         # Each call is routed by itself, where that is done here: see FFNHalf.routed.
-        y_TH = self._half.forward(merge([self._counted(incoming.call) for incoming in batch]))
+        y_TH = self._half.forward(merge([self._routed(incoming.call) for incoming in batch]))
         start = 0
         for incoming in batch:
             rows = len(incoming.call.x)
@@ -168,11 +169,11 @@ class FFNWorker:
         for incoming in batch:
             incoming.finish()
 
-    def _counted(self, call: FFNCall) -> FFNCall:
-        """The call with its experts named, which are counted."""
+    def _routed(self, call: FFNCall) -> FFNCall:
+        """The call with its experts named, which are noted."""
         call = self._half.routed(call)
         if call.topk_ids is not None:
-            self.account.count(call.layer, call.topk_ids)
+            self.account.note(call.layer, call.topk_ids)
         return call
 
 

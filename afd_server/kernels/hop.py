@@ -199,7 +199,7 @@ class CallLoop:
         self._service = _Service(
             ctypes.addressof(self._layers), None, len(layers), 0, self.hidden_size, num_slots, 0, -1, ctypes.addressof(self._wire),
             notes=ctypes.addressof(account.notes), max_notes=MAX_NOTES, totals=account.totals.address,
-            expert_tokens=account.expert_tokens.ctypes.data, num_experts=account.expert_tokens.shape[1],
+            expert_tokens=account.expert_tokens.ctypes.data, num_experts=len(account.held),
         )  # fmt: skip
         self._serve = library(instruction_set).afd_serve_calls
 

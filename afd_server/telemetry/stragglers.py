@@ -17,8 +17,10 @@ from afd_server.types import LayerTotal, WaitTotal, WorkerTotals
 
 # From these ratios on something is said to be slow, or hot. Less is within what a busy host does to anybody.
 SLOW_WORKER, SLOW_LAYER, HOT_EXPERT = 1.5, 1.5, 2.0
-# Fewer batches tell nothing.
-MIN_BATCHES = 20
+# Of the time that a call to a worker is waited for beyond what it says that it took: over that of its peers, and in seconds.
+LATE_WORKER, LATE_S = 2.0, 3e-4
+# Fewer batches tell nothing, and who hardly computes holds up nobody.
+MIN_BATCHES, MIN_BUSY_SHARE = 20, 0.01
 MIN_CHOICES_PER_EXPERT = 20
 NUM_HOTTEST = 8
 # Upper bounds of an expert's load over the mean of its layer.
@@ -81,7 +83,12 @@ def straggler_report(totals: Sequence[WorkerTotals], seconds: float | None) -> S
     workers = tuple(_pace(each, [peer for peer in totals if _are_peers(each, peer)]) for each in totals)
     layers = tuple(pace for role in ("attention", "ffn") for pace in _layer_paces(role, totals, tokens))
     loads = sorted(_loads(tokens), key=lambda each: -each.load)
-    found = (*_slow_workers(workers), *_slow_layers(layers), *_hot_experts(loads, tokens))
+    found = (
+        *_slow_workers(workers, seconds),
+        *_late_workers(totals, seconds),
+        *_slow_layers(layers),
+        *_hot_experts(loads, tokens),
+    )
     nothing = (
         "nothing ran" if not any(each.batches for each in workers) else "no worker, layer or expert stands out"
     )
@@ -164,9 +171,11 @@ def _slowness(worker: WorkerTotals, peers: Sequence[WorkerTotals]) -> float | No
     return spent_s / expected_s if expected_s > 0 else None
 
 
-def _slow_workers(workers: Sequence[WorkerPace]) -> Iterable[str]:
+def _slow_workers(workers: Sequence[WorkerPace], seconds: float | None) -> Iterable[str]:
     for each in workers:
         if each.slowness is None or each.slowness < SLOW_WORKER or each.batches < MIN_BATCHES:
+            continue
+        if seconds is not None and each.seconds < MIN_BUSY_SHARE * seconds:
             continue
         peers = [
             peer for peer in workers if peer.role == each.role and peer.worker != each.worker and peer.batches
@@ -178,6 +187,25 @@ def _slow_workers(workers: Sequence[WorkerPace]) -> Iterable[str]:
             f"({_ms(each.seconds / each.batches)} a batch of {each.rows / each.batches:.1f} rows, "
             f"they {_ms(theirs_s)} of {rows:.1f})"
         )
+
+
+def _late_workers(totals: Sequence[WorkerTotals], seconds: float | None) -> Iterable[str]:
+    """FFN workers whose answers come late although they do not compute for longer, as their callers see it."""
+    calls: dict[str, int] = {}
+    late_s: dict[str, float] = {}
+    for wait in (wait for worker in totals for wait in worker.waits):
+        calls[wait.worker] = calls.get(wait.worker, 0) + wait.calls
+        beyond_s = max(0.0, wait.waited_s - wait.ffn_s - wait.queue_s)
+        late_s[wait.worker] = late_s.get(wait.worker, 0.0) + beyond_s
+    mean_s = {worker: late_s[worker] / count for worker, count in calls.items() if count >= MIN_BATCHES}
+    for worker, own_s in mean_s.items():
+        theirs_s = median([other_s for other, other_s in mean_s.items() if other != worker] or [own_s])
+        matters = seconds is None or late_s[worker] >= MIN_BUSY_SHARE * seconds
+        if own_s >= max(LATE_S, LATE_WORKER * theirs_s) and matters:
+            yield (
+                f"answers of {worker} come late: its callers stand still for {_ms(own_s)} a call beyond what it says that it took, "
+                f"for its peers {_ms(theirs_s)} (its host is busy, it has more callers, or the way to it is slow)"
+            )
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
@@ -264,4 +292,4 @@ def _wait_since(now: WaitTotal, before: WaitTotal) -> WaitTotal:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} us"

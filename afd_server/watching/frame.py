@@ -103,13 +103,12 @@ def _workers(view: View) -> Table:
     table.add_column("STATE", overflow="fold")
     for name in ("SINCE", "RUN", "WAIT", "KV", "BATCH/S", "ROWS", "TIME", "PEERS"):
         table.add_column(name, justify="right", no_wrap=True)
-    slowness = {pace["worker"]: pace["slowness"] for pace in view.report["workers"]}
     for worker in view.workers:
         style = STATE_STYLES.get(worker["state"], MOVING)
         state = f"{worker['state']}: {worker['reason']}" if worker["reason"] else worker["state"]
         table.add_row(
             worker["name"], Text(state, style), _duration(worker["since_s"]),
-            *_load(view.now, worker), *_work(view, worker["name"], slowness.get(worker["name"])),
+            *_load(view.now, worker), *_work(view.report, worker["name"]),
         )  # fmt: skip
     return table
 
@@ -126,18 +125,19 @@ def _load(now: Samples, worker: Mapping[str, Any]) -> tuple[str, str, str]:
     )
 
 
-def _work(view: View, worker: str, slowness: float | None) -> tuple[str, str, str, Text]:
-    """Batches a second, rows and time of each, and its time over its peers'."""
-    batches = view.recent.total("worker_batches_total", worker=worker)
-    peers = Text(
-        "-" if slowness is None else f"{slowness:.1f}x", "bold red" if (slowness or 0) >= SLOW_WORKER else ""
+def _work(report: Mapping[str, Any], worker: str) -> tuple[str, str, str, Text]:
+    """Batches a second, rows and time of each, and its time over its peers'; of the time that the report is of."""
+    pace = next((each for each in report["workers"] if each["worker"] == worker), None)
+    if pace is None or not pace["batches"]:
+        return "-", "-", "-", Text("-")
+    slowness, batches, seconds = pace["slowness"], pace["batches"], report["seconds"]
+    style = "bold red" if (slowness or 0) >= SLOW_WORKER else ""
+    return (
+        f"{batches / seconds:.0f}" if seconds else "-",
+        f"{pace['rows'] / batches:.1f}",
+        _time(pace["seconds"] / batches),
+        Text("-" if slowness is None else f"{slowness:.1f}x", style),
     )
-    if not batches:
-        return "-", "-", "-", peers
-    rows = view.recent.total("worker_rows_total", worker=worker) / batches
-    each_s = view.recent.total("worker_computing_seconds_total", worker=worker) / batches
-    rate = f"{batches / view.seconds:.0f}" if view.seconds else "-"
-    return rate, f"{rows:.1f}", _time(each_s), peers
 
 
 def _hops(view: View) -> Text:
@@ -155,6 +155,8 @@ def _hops(view: View) -> Text:
 def _time(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.1f} s"
+    if seconds < 1e-4:
+        return f"{seconds * 1e6:.1f} us"
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.2f} ms"
 
 

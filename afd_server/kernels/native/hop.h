@@ -162,8 +162,8 @@ struct CallNote {
 };
 
 // wire: a frame with what is the same in all of them. unsent: bytes of `answer` that did not leave for links[to]. notes: of the calls
-// that were served, as far as there is room for them. totals, expert_tokens: by layer; of the latter, num_experts each, how often each
-// expert of the layer was chosen that is held here, by its number among them.
+// that were served, as far as there is room for them. totals, expert_tokens: by layer; of the latter, num_experts each between
+// two that are not for here: how often each expert of the layer was chosen that is held here, by its number among them.
 struct Service {
     const FFNLayer* layers;
     const ServedLink* links;
@@ -179,7 +179,7 @@ struct Service {
 };
 
 inline void count_choices(Service& service, const FFNLayer& layer, long index, const int32_t* ids, long count) {
-    long* tokens = service.expert_tokens + index * service.num_experts;
+    long* tokens = service.expert_tokens + index * (service.num_experts + 2) + 1;
     for (long at = 0; at < count; at++) {
         const long expert = ids[at] - layer.first_expert;
         if (expert >= 0 && expert < std::min(layer.num_experts, service.num_experts)) tokens[expert]++;

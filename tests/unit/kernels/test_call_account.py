@@ -9,14 +9,19 @@ IDS = torch.tensor([[2, 5], [3, 2], [-1, 1 << 30]], dtype=torch.int32)
 
 def test_experts_of_others_and_of_nobody_are_passed_over():
     account = CallAccount(2, range(2, 5))
-    account.count(1, IDS)
-    account.count(1, IDS[:1])
+    ids = IDS.clone()
+    account.note(1, ids)
+    account.note(1, IDS[:1])
+    ids.fill_(4)  # the slot is the caller's again
+    account.count()
+    account.count()
     assert account.tokens().tolist() == [[0, 0, 0], [3, 1, 0]]
 
 
 def test_a_worker_without_experts_counts_none():
     account = CallAccount(2)
-    account.count(1, IDS)
+    account.note(1, IDS)
+    account.count()
     assert account.tokens().shape == (2, 0)
 
 

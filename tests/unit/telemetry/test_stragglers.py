@@ -24,7 +24,7 @@ def slowness_of(report):
 
 
 def test_a_slow_worker_is_named_with_how_much_slower_it_is_than_its_peers():
-    report = straggler_report([ffn(0, 0.001), ffn(1, 0.0021), ffn(2, 0.001)], 60.0)
+    report = straggler_report([ffn(0, 0.001), ffn(1, 0.0021), ffn(2, 0.001)], 10.0)
     assert report.findings == (
         "ffn-1 is slow: it takes 2.1 times as long as the median of its peers for the same work "
         "(2.1 ms a batch of 8.0 rows, they 1 ms of 8.0)",
@@ -45,7 +45,7 @@ def test_workers_of_another_role_are_no_peers():
 @pytest.mark.parametrize("larger", [ffn(1, 0.002, rows=20), ffn(1, 0.001, rows=2)])
 def test_other_sizes_of_batches_make_nobody_slow(larger):
     """A large batch takes longer, a row of a small one costs more."""
-    assert straggler_report([ffn(0, 0.001), larger], 60.0).findings == NOTHING_STANDS_OUT
+    assert straggler_report([ffn(0, 0.001), larger], 10.0).findings == NOTHING_STANDS_OUT
 
 
 def test_a_worker_that_did_other_layers_is_measured_by_those():
@@ -58,8 +58,36 @@ def test_a_worker_that_did_other_layers_is_measured_by_those():
 
 def test_a_few_batches_tell_nothing():
     few = [ffn(0, 0.001, batches=3), ffn(1, 0.01, batches=3)]
-    assert straggler_report(few, 60.0).findings == NOTHING_STANDS_OUT
+    assert straggler_report(few, 1.0).findings == NOTHING_STANDS_OUT
     assert straggler_report([ffn(0, 0.0, batches=0)], None).findings == ("nothing ran",)
+
+
+def attention(*waited_s, calls=1000):
+    waits = tuple(
+        WaitTotal(f"ffn-{index}", calls, 0.1, 0.1, 0.2 + each_s) for index, each_s in enumerate(waited_s)
+    )
+    return WorkerTotals("attention-0", "attention", (LayerTotal(1.0, 1000, 8000),), waits)
+
+
+def test_answers_that_come_late_are_told_although_computing_takes_no_longer():
+    report = straggler_report([attention(0.1, 2.0, 0.2), ffn(0, 0.001), ffn(1, 0.001), ffn(2, 0.001)], 60.0)
+    assert report.findings == (
+        "answers of ffn-1 come late: its callers stand still for 2 ms a call beyond what it says that it took, "
+        "for its peers 0.15 ms (its host is busy, it has more callers, or the way to it is slow)",
+    )
+
+
+@pytest.mark.parametrize(
+    "waits", [attention(0.1, 0.25), attention(1.5, 2.0), attention(9.0), attention(0.1, 2.0, calls=5)]
+)
+def test_small_differences_of_waiting_tell_nothing(waits):
+    assert straggler_report([waits], 60.0).findings == NOTHING_STANDS_OUT
+
+
+def test_who_hardly_computes_holds_up_nobody():
+    idle = [ffn(0, 0.001), ffn(1, 0.003)]
+    assert straggler_report(idle, 60.0).findings == NOTHING_STANDS_OUT
+    assert len(straggler_report(idle, 20.0).findings) == len(straggler_report(idle, None).findings) == 1
 
 
 def test_a_slow_layer_is_named_and_dense_layers_are_not_compared_with_others():

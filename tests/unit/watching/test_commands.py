@@ -68,9 +68,9 @@ def test_a_frame_has_every_worker_in_a_line_and_says_what_it_does(width):
     assert "8 running, 3 waiting, 0 queued" in text
     assert "0.4 tokens/s, 6 prompt tokens/s" in text
     (attention,) = [line.split() for line in lines if line.startswith("attention-0")]
-    assert attention == ["attention-0", "serving", "67m", "8", "3", "58%", "20", "8.0", "2.00", "ms", "-"]
+    assert attention == ["attention-0", "serving", "67m", "8", "3", "58%", "4", "8.0", "2.00", "ms", "-"]
     (ffn,) = [line.split() for line in lines if line.startswith("ffn-0")]
-    assert ffn == ["ffn-0", "serving", "2m", "20", "8.0", "4.00", "ms", "0.3x"]
+    assert ffn == ["ffn-0", "serving", "2m", "4", "8.0", "4.00", "ms", "0.3x"]
     assert "down: has not" in text
     assert "3.0x" in text
     assert "hop  attention 2.00 ms  wire 0.50 ms  FFN 1.50 ms  bubble 40%  micro-batches 2.0" in text
