@@ -30,6 +30,8 @@ class SamplingParams:
     prompt_logprobs: the same for the prompt's tokens, from the second on. With max_tokens 0 that is all there is to do.
     allowed_token_ids: None allows all. bad_words: sequences of tokens; none of them is completed in the output.
     stop_token_ids: end the request as eos does. `ignore_eos` touches the model's eos only, `min_tokens` holds back both.
+    constraint: what the output must follow, a grammar of llguidance (text/constraints.py makes them). Where it allows
+        nothing but the end, the output ends, whatever `min_tokens` says.
     """
 
     max_tokens: int
@@ -49,6 +51,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
+    constraint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +176,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """The next token of one request."""
+    """The next token of one request. error: why there is none, and the request ends; token_id says nothing then."""
 
     request_id: str
     token_id: int
     logprobs: TokenLogprobs | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from afd_server.api.chat_prompt import chat_prompt
+from afd_server.api.constraints import ConstraintCheck
 from afd_server.api.protocol.chat import ChatCompletionRequest
 from afd_server.api.protocol.generation import CompletionRequest, GenerationFields
 from afd_server.api.settings import ApiSettings
@@ -71,6 +72,7 @@ class Admission:
     def __init__(self, settings: ApiSettings, tokenizer: Tokenizer) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
+        self._constraints = ConstraintCheck(tokenizer)
         self._seeds = random.Random(settings.seed)
 
     async def admit_completion(self, body: CompletionRequest, tenant: str = "") -> Job:
@@ -87,7 +89,10 @@ class Admission:
             for prompt in body.prompt
         ]
         num_logprobs = self._num_logprobs(body.logprobs, "logprobs")
-        return self._job("cmpl", body, tenant, prompts, "prompt", num_logprobs, COMPLETION_MAX_TOKENS)
+        constraint = await self._constraints.of_body(body, len(body.prompt) * body.n)
+        return self._job(
+            "cmpl", body, tenant, prompts, "prompt", num_logprobs, COMPLETION_MAX_TOKENS, constraint
+        )
 
     async def admit_chat(self, body: ChatCompletionRequest, tenant: str = "") -> Job:
         """tenant: who asks, see GenerationRequest. Raises RequestError, also for a model without a chat template."""
@@ -105,7 +110,8 @@ class Admission:
         (token_ids,) = await self._encode([chat.text], body.add_special_tokens, "messages")
         prompt = Prompt(tuple(token_ids), chat.text)
         num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
-        job = self._job("chatcmpl", body, tenant, [prompt], "messages", num_logprobs, None)
+        constraint = await self._constraints.of_body(body, body.n)
+        job = self._job("chatcmpl", body, tenant, [prompt], "messages", num_logprobs, None, constraint)
         return replace(job, message_format=chat.message_format)
 
     def _check_model(self, name: str | None) -> None:
@@ -144,6 +150,7 @@ class Admission:
         prompt_field: str,
         num_logprobs: int | None,
         default_max_tokens: int | None,
+        constraint: str | None,
     ) -> Job:
         """One choice for each of the prompts and 0..n-1."""
         if body.stream_options is not None and not body.stream:
@@ -168,7 +175,9 @@ class Admission:
                 index = prompt_index * body.n + number
                 # The suffix keeps ids apart that a client uses twice.
                 name = f"{response_id}-{index}-{secrets.token_hex(4)}"
-                sampling = self._sampling(body, limit, number, num_logprobs, num_prompt_logprobs, bad_words)
+                sampling = self._sampling(
+                    body, limit, number, num_logprobs, num_prompt_logprobs, bad_words, constraint
+                )
                 request = GenerationRequest(
                     name, prompt.token_ids, sampling, priority=body.priority, tenant=tenant
                 )
@@ -243,6 +252,7 @@ class Admission:
         num_logprobs: int | None,
         num_prompt_logprobs: int | None,
         bad_words: tuple[tuple[int, ...], ...],
+        constraint: str | None,
     ) -> SamplingParams:
         """number: the choice's place among those of its prompt; each draws from a seed of its own."""
         if body.min_tokens > max_tokens:
@@ -278,6 +288,7 @@ class Admission:
             bad_words=bad_words,
             min_tokens=body.min_tokens,
             ignore_eos=body.ignore_eos,
+            constraint=constraint,
         )
 
     def _value(self, body: GenerationFields, name: str, default: float) -> float:

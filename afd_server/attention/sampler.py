@@ -3,7 +3,8 @@
 What lives here: the sampling state of each running request, and the course from logits to tokens. What does not: how
 one of the tokens that are left is drawn (draw.py), and when a request ends (engine/scheduler.py). Each row is computed from its own request alone, so a request's tokens
 do not depend on what else is in the batch. The order of the stages is vLLM's: allowed tokens, bad words, minimum length and bias, penalties,
-temperature, min_p, top_k, top_p. Log-probabilities are of the model's own distribution, before all of these.
+temperature, min_p, top_k, top_p. A constraint comes before the temperature, and where the rules before it leave nothing of what it
+allows, they yield. Log-probabilities are of the model's own distribution, before all of these.
 
 Shapes: N rows (one per sampled request), V vocabulary entries.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afd_server.attention.constraints import Constrained, Constraints, forbidden
 from afd_server.attention.draw import Draw, likeliest
 from afd_server.attention.random_numbers import uniform
 from afd_server.types import SampledToken, SamplingParams, StartedRequest, TokenLogprobs
@@ -30,7 +32,8 @@ class SamplingState:
     """What must be remembered of a request between two of its tokens.
 
     prompt_mask_V (bool) and output_counts_V are kept only when a penalty asks for them, forbidden_V (bool) where not every
-    token is allowed, and the last output tokens, as many as a bad word has before its last, where there are bad words.
+    token is allowed, the last output tokens, as many as a bad word has before its last, where there are bad words, and
+    constrained while a grammar says what may come next.
     """
 
     params: SamplingParams
@@ -39,15 +42,34 @@ class SamplingState:
     last_token_ids: deque[int] | None = None
     prompt_mask_V: Tensor | None = None
     output_counts_V: Tensor | None = None
+    constrained: Constrained | None = None
+
+    def note(self, token_id: int) -> None:
+        """The next token is this one."""
+        self.num_outputs += 1
+        if self.output_counts_V is not None:
+            self.output_counts_V[token_id] += 1
+        if self.last_token_ids is not None:
+            self.last_token_ids.append(token_id)
 
 
 class Sampler:
-    """The sampling state of all running requests, and the choice of their next tokens."""
+    """The sampling state of all running requests, and the choice of their next tokens.
 
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
+    constraints: None where no request has any.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        device: torch.device,
+        constraints: Constraints | None = None,
+    ) -> None:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._device = device
+        self._constraints = constraints
         self._draw = Draw(vocab_size, device)
         self._states: dict[str, SamplingState] = {}
 
@@ -65,6 +87,9 @@ class Sampler:
         if params.bad_words:
             longest = max(map(len, params.bad_words)) - 1
             state.last_token_ids = deque(request.output_token_ids, maxlen=longest)
+        if params.constraint is not None and not self._is_free(params, request.output_token_ids):
+            assert self._constraints is not None
+            state.constrained = self._constraints.start(request)
         self._states[request.request_id] = state
 
     def forget(self, request_id: str) -> None:
@@ -79,24 +104,33 @@ class Sampler:
     def _sample(self, request_ids: Sequence[str], logits_NV: Tensor) -> list[SampledToken]:
         states = [self._states[request_id] for request_id in request_ids]
         logprobs = _log_probabilities(states, logits_NV)
-        logits_NV = self._shape(states, logits_NV)
-        tokens = []
-        for row, (request_id, token_id) in enumerate(
-            zip(request_ids, self._choose(states, logits_NV), strict=True)
-        ):
-            states[row].num_outputs += 1
-            counts_V = states[row].output_counts_V
-            if counts_V is not None:
-                counts_V[token_id] += 1
-            last_token_ids = states[row].last_token_ids
-            if last_token_ids is not None:
-                last_token_ids.append(token_id)
-            tokens.append(SampledToken(request_id, token_id, _report(states[row], logprobs.get(row), token_id)))
+        failures = [state.constrained.failure() if state.constrained else "" for state in states]
+        chosen = self._choose(states, self._shape(states, logits_NV))
+        tokens, moved = [], []
+        for row, (request_id, token_id) in enumerate(zip(request_ids, chosen, strict=True)):
+            state = states[row]
+            if failures[row]:
+                tokens.append(SampledToken(request_id, token_id, error=failures[row]))
+                continue
+            state.note(token_id)
+            if state.constrained is not None:
+                if self._is_free(state.params, (token_id,)):
+                    state.constrained = None
+                else:
+                    moved.append((state.constrained, token_id))
+            tokens.append(SampledToken(request_id, token_id, _report(state, logprobs.get(row), token_id)))
+        if moved:
+            assert self._constraints is not None
+            self._constraints.advance(moved)
         return tokens
+
+    def _is_free(self, params: SamplingParams, output_token_ids: Sequence[int]) -> bool:
+        """Whether the output goes on behind what its constraint has ended. vLLM lets it be whatever it will."""
+        return params.ignore_eos and not set(self._eos_token_ids).isdisjoint(output_token_ids)
 
     def _shape(self, states: list[SamplingState], logits_NV: Tensor) -> Tensor:
         """Logits with all applied that comes before the temperature: rows that ask for nothing are left alone."""
-        shaped = False
+        given_NV, shaped = logits_NV, False
         for row, state in enumerate(states):
             params = state.params
             held_back = state.num_outputs < params.min_tokens
@@ -121,7 +155,24 @@ class Sampler:
             if state.forbidden_V is not None and logits_NV[row].max() == -torch.inf:
                 # The other rules leave nothing of what is allowed: they yield.
                 logits_NV[row].masked_fill_(~state.forbidden_V, 0.0)
+        rows = [row for row, state in enumerate(states) if state.constrained and not state.constrained.error]
+        if rows:
+            if not shaped:
+                logits_NV = logits_NV.clone()
+            self._bind(states, rows, logits_NV, given_NV)
         return logits_NV
+
+    def _bind(
+        self, states: Sequence[SamplingState], rows: list[int], logits_NV: Tensor, given_NV: Tensor
+    ) -> None:
+        """Leaves these rows what their constraints allow; where the other rules leave nothing of it, of the given logits."""
+        bitmasks = [bound.bitmask_W for row in rows if (bound := states[row].constrained)]
+        forbidden_RV = forbidden(bitmasks, self._vocab_size, logits_NV.device)
+        bound_RV = logits_NV[rows].masked_fill(forbidden_RV, -torch.inf)
+        stuck_R = bound_RV.amax(dim=-1) == -torch.inf
+        if bool(stuck_R.any()):
+            bound_RV[stuck_R] = given_NV[rows][stuck_R].masked_fill(forbidden_RV[stuck_R], -torch.inf)
+        logits_NV[rows] = bound_RV
 
     def _choose(self, states: list[SamplingState], logits_NV: Tensor) -> list[int]:
         """The token of each row: the likeliest, or where the temperature asks for it a drawn one."""

@@ -14,6 +14,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
+from afd_server.attention.constraints import Constraints
 from afd_server.attention.ffn_group import FFNGroup
 from afd_server.attention.prompt_logprobs import prompt_logprobs
 from afd_server.attention.sampler import Sampler
@@ -51,6 +52,7 @@ class AttentionWorker:
         block_size: int,
         device: torch.device,
         graphs: AttentionGraphs | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self.threads: int | None = None
         self._half = half
@@ -64,7 +66,7 @@ class AttentionWorker:
         self._sampling_s = 0.0  # of the step under way
         self._prompt_logprobs: list[PromptLogprobs] = []  # of the step under way
         self._shortcut = shortcut_for(half, ffn_group)
-        self._sampler = Sampler(half.spec.vocab_size, half.spec.eos_token_ids, device)
+        self._sampler = Sampler(half.spec.vocab_size, half.spec.eos_token_ids, device, constraints)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from afd_server.attention.constraints import Constraints
 from afd_server.attention.ffn_group import Connector, FFNGroup
 from afd_server.attention.hop_notes import HopNotes
 from afd_server.attention.worker import AttentionWorker
@@ -209,8 +210,18 @@ class AttentionReplica:
             # Graphs need a block more than requests are given: see AttentionGraphs.
             cache = allocate_cache(spec, num_blocks + (capture is not None), config.block_size, device, dtype)
             graphs = None if capture is None else _graphs(config, half, cache, capture)
+            threads = threads_per_worker(config, usable_cores())
+            self._constraints = Constraints.load(
+                directory, spec.vocab_size, spec.eos_token_ids, threads=threads
+            )
             self.worker = worker = AttentionWorker(
-                half, cache, self._ffn_group, block_size=config.block_size, device=device, graphs=graphs
+                half,
+                cache,
+                self._ffn_group,
+                block_size=config.block_size,
+                device=device,
+                graphs=graphs,
+                constraints=self._constraints,
             )
             chooser, model = _models_of_time(config, spec)
             if graphs is not None:
@@ -222,16 +233,11 @@ class AttentionReplica:
         promise_s = config.tpot_sla_ms and config.tpot_sla_ms / 1e3
         pace = Pace(promise_s, config.max_num_seqs, model)
         scheduler = Scheduler(config, num_blocks=num_blocks, eos_token_ids=spec.eos_token_ids, pace=pace)
-        self.loop = EngineLoop(Engine(worker, scheduler, chooser, model), on_update)
-        self.info = WorkerInfo(
-            self.name,
-            os.getpid(),
-            device.type,
-            half.weight_bytes(),
-            kv_cache_tokens=num_blocks * config.block_size,
-        )
+        self.loop = EngineLoop(Engine(worker, scheduler, chooser, model), on_update, self._constraints.prepare)
+        kv_cache_tokens = num_blocks * config.block_size
+        self.info = WorkerInfo(self.name, os.getpid(), device.type, half.weight_bytes(), kv_cache_tokens)
         logger.info("%s: %.1f MB of weights and %d KV tokens on %s in %.1f s", self.name, self.info.weight_bytes / 1e6,
-                    self.info.kv_cache_tokens, device.type, time.perf_counter() - started)  # fmt: skip
+                    kv_cache_tokens, device.type, time.perf_counter() - started)  # fmt: skip
 
     @property
     def recorder(self) -> HopRecorder:
@@ -282,12 +288,18 @@ class AttentionReplica:
     def stop(self) -> None:
         """Ends the engine's thread after the step under way, then the links."""
         self.loop.stop()
+        self._constraints.close()
         self._ffn_group.close()
 
 
 def _largest_step(config: ServeConfig, num_blocks: int) -> int:
     """Requests that may be in decoding at once."""
     return min(config.max_num_seqs, config.max_num_batched_tokens, num_blocks)
+
+
+def _constraints(config: ServeConfig, spec: ModelSpec) -> Constraints:
+    threads = threads_per_worker(config, usable_cores())
+    return Constraints.load(Path(config.model), spec.vocab_size, spec.eos_token_ids, threads=threads)
 
 
 def _graphs(

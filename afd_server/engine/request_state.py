@@ -154,6 +154,8 @@ class RequestState:
         prompt_logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> RequestOutput:
         """Takes the next token in and gives what the client is to know of it."""
+        if sampled.error is not None:
+            return RequestOutput(self.request_id, finish_reason=FinishReason.ERROR, error=sampled.error)
         self.num_reported += len(prompt_logprobs)
         token_id = sampled.token_id
         self.token_ids.append(token_id)
@@ -176,7 +178,8 @@ class RequestState:
         sampling = self.request.sampling
         num_output = self.num_output
         ends = token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos)
-        if ends and num_output > sampling.min_tokens:
+        # Under a constraint the sampler holds an end back only while there is anything else to say.
+        if ends and (num_output > sampling.min_tokens or sampling.constraint is not None):
             return FinishReason.STOP
         if num_output >= sampling.max_tokens or len(self.token_ids) >= max_model_len:
             return FinishReason.LENGTH

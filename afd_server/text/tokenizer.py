@@ -73,6 +73,15 @@ class Tokenizer:
         text = self.special_tokens.get("eos_token")
         return None if text is None else self._backend.token_to_id(text)
 
+    @property
+    def added_special_tokens(self) -> list[str]:
+        """The text of every token that `skip_special_tokens` skips."""
+        return [token.content for token in self._added.values() if token.special]
+
+    def to_json(self) -> str:
+        """All of it in the form of `tokenizer.json`."""
+        return self._backend.to_str()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import httpx
+import jsonschema
 import openai
 import psutil
 import pytest
@@ -71,6 +72,37 @@ def test_a_streamed_chat_is_the_same_text_in_pieces(client):
     assert chunks[-1].usage == whole.usage.model_copy(
         update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
     )
+
+
+def test_an_answer_keeps_to_a_schema_a_pattern_or_a_choice(client):
+    person = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "maximum": 120}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model="smol", messages=[{"role": "user", "content": "Describe a person as JSON."}], max_tokens=200, n=2,
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": person}},
+        extra_body={"seed": 1},
+    )  # fmt: skip
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content), person)
+    stream = client.completions.create(
+        model="smol", prompt="The capital of France is", temperature=0, logprobs=1, stream=True,
+        extra_body={"structured_outputs": {"choice": ["London", "Paris", "Rome"]}},
+    )  # fmt: skip
+    assert "".join(chunk.choices[0].text for chunk in stream) == "Paris"
+    phone = client.completions.create(
+        model="smol",
+        prompt="Call me: ",
+        max_tokens=30,
+        extra_body={"structured_outputs": {"regex": r"555-[0-9]{4}"}},
+    )
+    assert re.fullmatch(r"555-[0-9]{4}", phone.choices[0].text)
+    with pytest.raises(openai.BadRequestError, match=r"structured_outputs\.regex: .*unclosed group"):
+        client.completions.create(model="smol", prompt="x", extra_body={"structured_outputs": {"regex": "(("}})
 
 
 def test_completion_equals_transformers_token_for_token(client, directory):

@@ -5,6 +5,7 @@ import torch
 
 from afd_server.config import ServeConfig
 from afd_server.llm import LLM
+from afd_server.text.constraints import from_json_schema, from_regex
 from afd_server.types import SamplingParams
 
 pytestmark = pytest.mark.integration
@@ -13,7 +14,9 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def requests():
     generator = torch.Generator().manual_seed(9)
-    prompts = [torch.randint(0, 250, (length,), generator=generator).tolist() for length in (3, 17, 30, 8)]
+    prompts = [
+        torch.randint(0, 250, (length,), generator=generator).tolist() for length in (3, 17, 30, 8, 5, 21)
+    ]
     sampling = [
         SamplingParams(max_tokens=12, seed=11, temperature=0.8, ignore_eos=True),
         SamplingParams(
@@ -21,6 +24,8 @@ def requests():
         ),
         SamplingParams(max_tokens=12, temperature=0.0, repetition_penalty=1.4, ignore_eos=True),
         SamplingParams(max_tokens=12, seed=13, top_k=20, min_p=0.01, presence_penalty=0.5, ignore_eos=True),
+        SamplingParams(max_tokens=12, seed=14, constraint=from_regex("[a-z]{9}(-[0-9]+)?")),
+        SamplingParams(max_tokens=12, temperature=0.0, constraint=from_json_schema({"type": "array"})),
     ]
     return prompts, sampling
 

@@ -60,5 +60,5 @@ class Body(BaseModel):
 
 @cache
 def _fields(body: type[Body]) -> dict[str, bool]:
-    """Field -> whether it is required. A body may hold thousands of messages."""
-    return {name: field.is_required() for name, field in body.model_fields.items()}
+    """Field, as clients call it -> whether it is required. A body may hold thousands of messages."""
+    return {field.alias or name: field.is_required() for name, field in body.model_fields.items()}

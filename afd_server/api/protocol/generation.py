@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, PlainValidator, StrictBool, StrictInt, StrictStr
 
 from afd_server.api.protocol.fields import FIRST, Body, NotServed, Unused, finite, refuse_except
+from afd_server.api.protocol.structure import Gone, ResponseFormat, StructuredOutputs
 
 MAX_CHOICES = 128  # of one prompt
 MAX_STOP_STRINGS = 64
@@ -116,18 +117,18 @@ class GenerationFields(Body):
     prompt_cache_key: Unused = None
     service_tier: Annotated[Any, refuse_except("auto", "default")] = None
 
-    response_format: Annotated[Any, refuse_except({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     length_penalty: Annotated[Any, refuse_except(1)] = 1.0
     use_beam_search: NotServed = False
     logits_processors: NotServed = None
-    structured_outputs: NotServed = None
-    guided_json: NotServed = None
-    guided_regex: NotServed = None
-    guided_choice: NotServed = None
-    guided_grammar: NotServed = None
-    guided_decoding_backend: NotServed = None
-    guided_whitespace_pattern: NotServed = None
-    structural_tag: NotServed = None
+    guided_json: Gone = None
+    guided_regex: Gone = None
+    guided_choice: Gone = None
+    guided_grammar: Gone = None
+    guided_decoding_backend: Gone = None
+    guided_whitespace_pattern: Gone = None
+    structural_tag: Gone = None
     cache_salt: NotServed = None
     kv_transfer_params: NotServed = None
     vllm_xargs: NotServed = None

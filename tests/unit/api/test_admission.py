@@ -10,8 +10,7 @@ from tests.unit.api.scripted_service import TOKENIZER, ScriptedService, client_f
 
 NOT_SERVED = {
     "suffix": "x", "best_of": 3, "use_beam_search": True, "guided_json": {"type": "object"},
-    "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "x", "structured_outputs": {"regex": "a"},
-    "response_format": {"type": "json_object"}, "lora_request": "x",
+    "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "x", "lora_request": "x",
     "priority": 1, "length_penalty": 2.0, "logits_processors": ["x"], "prompt_embeds": "x", "service_tier": "flex",
 }  # fmt: skip
 OUT_OF_RANGE = {

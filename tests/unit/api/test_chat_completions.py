@@ -126,7 +126,7 @@ async def test_a_chat_may_use_the_rest_of_the_context(fields, expected):
         ("top_logprobs", {"top_logprobs": 21, "logprobs": True}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("tool_choice", {"tool_choice": "required"}),
-        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("guided_json", {"guided_json": {"type": "object"}}),
         ("chat_template", {"chat_template": "x"}),
         ("add_generation_prompt", {"add_generation_prompt": True, "continue_final_message": True}),
     ],

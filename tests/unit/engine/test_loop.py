@@ -41,7 +41,8 @@ class Running:
         self.scheduler = Scheduler(small_config(), num_blocks=16, eos_token_ids=())
         self.updates = queue.Queue()
         engine = Engine(self.worker, self.scheduler, MicroBatchChooser("1"), StepTimeModel())
-        self.loop = EngineLoop(engine, self.updates.put)
+        self.preparing = queue.Queue()
+        self.loop = EngineLoop(engine, self.updates.put, lambda request, then: self.preparing.put(then))
 
     def submit(self, request_id, *prompt, **sampling):
         self.loop.submit(
@@ -184,3 +185,45 @@ def test_it_is_busy_from_the_beginning_of_a_step_to_its_end_and_not_while_it_sle
     assert loop.busy_since == began
     worker.gate.set()
     machine.until_end("b")
+
+
+def test_a_request_waits_for_its_grammar_and_nobody_waits_for_it(running):
+    replica = running()
+    replica.submit("bound", constraint="x")
+    replica.submit("free")
+    assert {output.request_id for output in replica.until_end("free")[0]} == {"free"}
+    replica.preparing.get(timeout=DEADLINE_S)("")
+    outputs, _ = replica.until_end("bound")
+    assert [token for output in outputs for token in output.token_ids] == continuation(
+        [1], SamplingParams(5, ignore_eos=True), 32
+    )[0]
+
+
+def test_a_grammar_that_is_wrong_ends_its_request(running):
+    replica = running()
+    replica.submit("a", constraint="x")
+    replica.preparing.get(timeout=DEADLINE_S)("it is wrong")
+    ((output,), _) = replica.until_end("a")
+    assert (output.finish_reason, output.error) == ("error", "it is wrong")
+    assert replica.worker.plans == []
+
+
+def test_a_request_may_be_aborted_and_sent_again_while_its_grammar_is_compiled(running):
+    replica = running()
+    replica.submit("a", constraint="x")
+    first = replica.preparing.get(timeout=DEADLINE_S)
+    replica.loop.abort("a")
+    assert replica.until_end("a")[0][0].finish_reason == "abort"
+    replica.submit("a", constraint="x")
+    second = replica.preparing.get(timeout=DEADLINE_S)
+    first("too late to matter")
+    second("")
+    assert replica.until_end("a")[0][-1].finish_reason == "length"
+
+
+def test_requests_whose_grammars_are_compiled_end_with_the_loop(running):
+    replica = running()
+    replica.submit("a", constraint="x")
+    replica.loop.stop()
+    assert replica.until_end("a")[0][0].finish_reason == "abort"
+    replica.preparing.get(timeout=DEADLINE_S)("")

@@ -409,3 +409,31 @@ def test_the_model_length_ends_a_request():
     run.add("a", [1, 2], max_tokens=100, ignore_eos=True)
     assert len(run.finish()["a"]) == 4
     assert run.ends["a"] == "length"
+
+
+def test_a_request_without_a_next_token_ends_alone():
+    run = Run()
+    run.add("a", (1, 2))
+    run.add("b", (3,))
+    plan = run.scheduler.schedule(lambda num_tokens: 1)
+    output = run.worker.execute(plan)
+    tokens = [replace(each, error="no way") if each.request_id == "a" else each for each in output.tokens]
+    first, second = run.scheduler.complete(replace(output, tokens=tuple(tokens)))
+    assert (first.finish_reason, first.error, first.token_ids) == ("error", "no way", ())
+    assert second.finish_reason is None and second.token_ids
+    run.take([first, second])
+    run.finish()
+    assert run.ends["b"] in ("length", "stop")
+
+
+def test_under_a_constraint_an_end_counts_whenever_it_comes():
+    run = Run()
+    for name, constraint in (("free", None), ("bound", "a grammar")):
+        run.add(name, (1,), min_tokens=3, max_tokens=9, constraint=constraint)
+    plan = run.scheduler.schedule(lambda num_tokens: 1)
+    output = run.worker.execute(plan)
+    ended = tuple(replace(each, token_id=EOS) for each in output.tokens)
+    ends = {
+        each.request_id: each.finish_reason for each in run.scheduler.complete(replace(output, tokens=ended))
+    }
+    assert ends == {"free": None, "bound": "stop"}
