@@ -194,13 +194,9 @@ class AttentionReplica:
             directory, spec, device=device, dtype=dtype, gate_on=config.gate_on, operations=computing
         )
         self._ffn_group = FFNGroup(
-            connectors,
-            group_layout(config, spec),
-            replica=index,
-            dtype=computing.activation_dtype,
-            timeout_s=config.ffn_timeout,
-            hops=HopNotes(spec.num_layers),
-        )
+            connectors, group_layout(config, spec), replica=index, dtype=computing.activation_dtype,
+            timeout_s=config.ffn_timeout, hops=HopNotes(spec.num_layers),
+        )  # fmt: skip
         try:
             # Before the cache is sized: links between GPU workers take memory of this one's GPU.
             self._ffn_group.connect()

@@ -47,6 +47,10 @@ def from_json_schema(
     any_whitespace: between the parts, else none; whitespace_pattern: a regular expression for it instead.
     additional_properties: whether objects that list their properties may have others where the schema leaves it open.
     """
+    if isinstance(schema, bool):  # options are put into an object
+        if not schema:
+            return LLMatcher.grammar_from_json_schema("false")
+        schema = {}
     options: dict[str, Any] = {"whitespace_flexible": any_whitespace}
     if whitespace_pattern is not None:
         options["whitespace_pattern"] = whitespace_pattern
@@ -111,10 +115,17 @@ def place_of_problem(schema: Schema, message: str, vocabulary: LLTokenizer) -> l
             if searched > MAX_SEARCHED_SCHEMAS:
                 return place
             alone = inner if isinstance(inner, bool) else {**shared, **inner}
-            if problem(from_json_schema(alone), vocabulary) == message:
+            if _problem_of(alone, vocabulary) == message:
                 place, found = [*place, *path], inner
                 break
     return place
+
+
+def _problem_of(schema: Schema, vocabulary: LLTokenizer) -> str:
+    try:
+        return problem(from_json_schema(schema), vocabulary)
+    except ValueError as error:
+        return str(error)
 
 
 def _inner(schema: Mapping[str, Any]) -> Iterator[tuple[list[str], Schema]]:
