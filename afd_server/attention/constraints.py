@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afd_server.errors import ModelError
-from afd_server.text.constraints import LIMITS, load_vocabulary
+from afd_server.text.constraints import LIMITS, error_of, load_vocabulary
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.types import GenerationRequest, StartedRequest
 
@@ -120,7 +120,7 @@ class Constraints:
 
     def _prepare(self, constraint: str, then: Callable[[str], None]) -> None:
         try:
-            problem = self._compile(constraint).get_error()
+            problem = error_of(self._compile(constraint))
         except BaseException as error:  # a panic of llguidance's is no Exception
             problem = _explained(error)
         then(problem and f"structured output: {problem}")
@@ -157,7 +157,7 @@ class Constraints:
             matchers, bitmask_RW.ctypes.data, bitmask_RW.strides[0], len(requests)
         )
         for (matcher, row), each in zip(matchers, requests, strict=True):
-            each.bitmask_W, each.error = bitmask_RW[row], matcher.get_error()
+            each.bitmask_W, each.error = bitmask_RW[row], error_of(matcher)
 
 
 def _explained(error: BaseException | None) -> str:

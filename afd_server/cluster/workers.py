@@ -206,19 +206,11 @@ class AttentionReplica:
             # Graphs need a block more than requests are given: see AttentionGraphs.
             cache = allocate_cache(spec, num_blocks + (capture is not None), config.block_size, device, dtype)
             graphs = None if capture is None else _graphs(config, half, cache, capture)
-            threads = threads_per_worker(config, usable_cores())
-            self._constraints = Constraints.load(
-                directory, spec.vocab_size, spec.eos_token_ids, threads=threads
-            )
+            self._constraints = _constraints(config, spec)
             self.worker = worker = AttentionWorker(
-                half,
-                cache,
-                self._ffn_group,
-                block_size=config.block_size,
-                device=device,
-                graphs=graphs,
+                half, cache, self._ffn_group, block_size=config.block_size, device=device, graphs=graphs,
                 constraints=self._constraints,
-            )
+            )  # fmt: skip
             chooser, model = _models_of_time(config, spec)
             if graphs is not None:
                 _record_graphs(worker, min(graphs.max_rows, _largest_step(config, num_blocks)), config)

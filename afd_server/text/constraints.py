@@ -99,7 +99,12 @@ def problem(constraint: str, vocabulary: LLTokenizer) -> str:
     if allowed and not matcher.is_stopped():  # some are too complex right behind their beginning
         matcher.consume_token((allowed & -allowed).bit_length() - 1)
         matcher.compute_bitmask()
-    return matcher.get_error()
+    return error_of(matcher)
+
+
+def error_of(matcher: LLMatcher) -> str:
+    """Why a matcher can go on no more; "" when it can."""
+    return matcher.get_error().removesuffix("<non-verbose/>").strip()
 
 
 def place_of_problem(schema: Schema, message: str, vocabulary: LLTokenizer) -> list[str]:
