@@ -101,7 +101,7 @@ def test_an_answer_keeps_to_a_schema_a_pattern_or_a_choice(client):
         extra_body={"structured_outputs": {"regex": r"555-[0-9]{4}"}},
     )
     assert re.fullmatch(r"555-[0-9]{4}", phone.choices[0].text)
-    with pytest.raises(openai.BadRequestError, match=r"structured_outputs\.regex: .*unclosed group"):
+    with pytest.raises(openai.BadRequestError, match=r"(?s)structured_outputs\.regex: .*unclosed group"):
         client.completions.create(model="smol", prompt="x", extra_body={"structured_outputs": {"regex": "(("}})
 
 
