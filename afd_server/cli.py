@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -28,6 +29,7 @@ ROOMS = {
     "kvcache": "the paged KV cache of each attention worker",
     "cluster": "the workers and where they run",
     "pipeline": "the way of the activations",
+    "telemetry": "what the server tells of itself",
 }
 # What vLLM's users type for things that are done otherwise here.
 HERE_CALLED = {
@@ -38,6 +40,8 @@ HERE_CALLED = {
     "-dp": "--attention-workers",
     "--enable-expert-parallel": "--ffn-parallel ep --ffn-workers N",
 }
+# Settings that the environment may hold.
+VARIABLES = {API_KEY_VARIABLE: "api_key", "AFD_LOG_LEVEL": "log_level", "AFD_LOG_FORMAT": "log_format"}
 MAX_LINE = 2000  # characters of a mistake's one line
 MAX_CONFIG_FILE_BYTES = 64 * 1024
 
@@ -112,14 +116,18 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
 
 
 def parse_serve(argv: Sequence[str]) -> ServeConfig:
-    """Flags over the file of --config over the environment's key over the defaults.
+    """Flags over the file of --config over the environment over the defaults.
 
     Raises ConfigError; exits with 2 on a mistyped flag.
     """
     given = vars(serve_parser().parse_args(list(argv)))
     path = given.pop("config", None)
-    key = os.environ.get(API_KEY_VARIABLE)
-    from_environment = {} if key is None else {"api_key": key}
+    from_environment = {
+        name: os.environ[variable] for variable, name in VARIABLES.items() if variable in os.environ
+    }
+    for name in ("log_level", "log_format"):
+        if name in from_environment:
+            from_environment[name] = from_environment[name].lower()
     from_file = {} if path is None else settings_of(_read_config_file(Path(path)), source=path)
     return ServeConfig(**{**from_environment, **from_file, **given})
 
@@ -160,9 +168,10 @@ def serve(argv: Sequence[str]) -> int:
     os.environ.pop(API_KEY_VARIABLE, None)  # of no use to the processes that this one starts
     # Until the server sets its own handler: to be told to end is not a failure, also while it starts.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    began_s = time.monotonic()
     from afd_server.serving import run_server
 
-    return run_server(config)
+    return run_server(config, began_s)
 
 
 # --- the other commands --------------------------------------------------------------------------------------------
@@ -262,6 +271,12 @@ def workers(argv: Sequence[str]) -> int:
     return show_workers(given.url, given.api_key)
 
 
+def key(argv: Sequence[str]) -> int:
+    from afd_server.api.key_command import key_command
+
+    return key_command(argv)
+
+
 def bench(argv: Sequence[str]) -> int:
     from afd_server.bench.command import bench
 
@@ -312,6 +327,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "top": (top, "watch it, once a second"),
     "report": (report, "which of its workers, layers or experts is slow"),
     "trace": (trace, "record every hop of its workers"),
+    "key": (key, "make an API key"),
     "bench": (bench, "measure any server under load"),
     "plan": (plan, "what a model costs, and the layout that suits it"),
     "simulate": (simulate, "a deployment under traffic and failures, in simulated time"),

@@ -7,6 +7,7 @@ vLLM's where vLLM has the thing. What depends on the machine ("auto") is resolve
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -29,6 +30,8 @@ MAX_MICRO_BATCHES = 4
 SPARSE_DISPATCH_FROM = 4
 MOST: Mapping[str, float] = {"int": 2**62, "float": 1e9}  # of a number; a timeout of 30 years is none
 API_KEY_VARIABLE = "AFD_API_KEY"
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+LOG_FORMATS = ("text", "json")
 
 
 def separate_keys(api_key: str) -> list[str]:
@@ -37,7 +40,7 @@ def separate_keys(api_key: str) -> list[str]:
 
 
 def option(
-    default: Any, room: str, help: str, choices: Iterable[str] | None = None, *, secret: bool = False
+    default: Any, room: str, help: str, choices: Iterable[str | int] | None = None, *, secret: bool = False
 ) -> Any:
     """A setting with what a person must know of it. `help` names the unit. secret: it is never shown."""
     metadata = {"room": room, "help": help, "choices": tuple(choices or ()), "secret": secret}
@@ -73,6 +76,25 @@ class ServeConfig:
         20,
         "api",
         "the most likely tokens that a request may have reported at each place; -1: the whole vocabulary",
+    )
+    api_key_file: str | None = option(
+        None, "api", "file of keys' hashes, one a line, made by `afd key new`; read again when it changes"
+    )
+    allowed_origins: str = option(
+        "[]", "api", "JSON list of the origins whose pages may ask from a browser (CORS); '[\"*\"]': any"
+    )
+    allowed_methods: str = option('["*"]', "api", "JSON list of the methods that such a page may use")
+    allowed_headers: str = option('["*"]', "api", "JSON list of the headers that such a page may send")
+    allow_credentials: bool = option(False, "api", "whether such a page may send cookies and the like")
+    root_path: str = option("", "api", "path below which a proxy in front serves this server, as /llm")
+    ssl_certfile: str | None = option(None, "api", "file of the certificate, PEM: the server speaks https")
+    ssl_keyfile: str | None = option(None, "api", "file of its key; default: it is in --ssl-certfile")
+    ssl_ca_certs: str | None = option(None, "api", "file of the authorities that clients' certificates are of")
+    ssl_cert_reqs: int = option(
+        0,
+        "api",
+        "certificates of clients, as Python numbers it: 0 none, 1 checked if sent, 2 demanded",
+        (0, 1, 2),
     )
     client_timeout: float = option(
         60.0, "api", "seconds that a client may take to send a request, or let its answer lie unread"
@@ -187,6 +209,25 @@ class ServeConfig:
     )
     ffn_timeout: float = option(60.0, "pipeline", "seconds to wait for one FFN answer, restarts included")
 
+    log_level: str = option(
+        "info",
+        "telemetry",
+        "least level of log lines; AFD_LOG_LEVEL in the environment does the same",
+        LOG_LEVELS,
+    )
+    log_format: str = option(
+        "text",
+        "telemetry",
+        "json: an object a line, on standard error alone; AFD_LOG_FORMAT does the same",
+        LOG_FORMATS,
+    )
+
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "telemetry",
+        "URL of an OpenTelemetry collector (OTLP over HTTP, as http://HOST:4318): a span for each request",
+    )
+
     def __post_init__(self) -> None:
         for setting in fields(self):
             _check_type(setting, getattr(self, setting.name))
@@ -194,13 +235,28 @@ class ServeConfig:
                         "ffn_workers", "ffn_replicas", "max_model_len", "kv_cache_memory_bytes",
                         "placement_timeout", "start_timeout", "heartbeat_timeout", "ffn_timeout", "tpot_sla_ms",
                         "ttft_sla_ms", "client_timeout")  # fmt: skip
-        for name in ("model", "api_key", "served_model_name", "ray_address", "profile", "chat_template"):
+        for name in (
+            "model",
+            "api_key",
+            "api_key_file",
+            "served_model_name",
+            "ray_address",
+            "profile",
+            "chat_template",
+        ):
             if getattr(self, name) == "":
                 raise ConfigError(flag(name), "is empty")
         if self.api_key is not None and not all(separate_keys(self.api_key)):
             raise ConfigError(
                 "--api-key", "one of the keys is empty", "give one, or several with commas between"
             )
+        if self.otlp_traces_endpoint is not None and not _is_url(self.otlp_traces_endpoint):
+            raise ConfigError("--otlp-traces-endpoint", f"{self.otlp_traces_endpoint!r} is not a URL of http or https",
+                              "for example http://localhost:4318")  # fmt: skip
+        for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            json_list(flag(name), getattr(self, name))
+        if self.root_path and not (self.root_path.startswith("/") and len(self.root_path.rstrip("/")) > 0):
+            raise ConfigError("--root-path", f"{self.root_path!r} is not a path", "for example /llm")
         if not 0 <= self.port <= 65535:
             raise ConfigError("--port", f"{self.port} is not a TCP port", "0 to 65535; 0 takes a free one")
         for name in ("shutdown_timeout", "max_queue_len", "max_restarts"):
@@ -285,6 +341,22 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-") if name != "model" else "MODEL"
 
 
+def json_list(source: str, text: str) -> list[str]:
+    """Of a flag that holds a list. Raises ConfigError."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ConfigError(source, f"{text!r} is not a JSON list of texts", """for example '["GET", "POST"]'""")
+    return values
+
+
+def _is_url(text: str) -> bool:
+    scheme, _, rest = text.partition("://")
+    return scheme in ("http", "https") and bool(rest.strip("/")) and not any(map(str.isspace, text))
+
+
 def _check_type(setting: Field[Any], value: Any) -> None:
     wanted = str(setting.type)
     if value is None:
@@ -301,7 +373,7 @@ def _check_type(setting: Field[Any], value: Any) -> None:
         raise ConfigError(flag(setting.name), f"{value} is out of range")
     choices = setting.metadata["choices"]
     if choices and value not in choices:
-        raise ConfigError(flag(setting.name), f"{value!r} is not one of {', '.join(choices)}")
+        raise ConfigError(flag(setting.name), f"{value!r} is not one of {', '.join(map(str, choices))}")
 
 
 def _check_positive(config: ServeConfig, *names: str) -> None:

@@ -137,3 +137,11 @@ class OverloadedError(ServingError):
     def __init__(self, message: str, *, reason: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.reason, self.retry_after_s = reason, retry_after_s
+
+
+class RateLimitError(ServingError):
+    """An API key is at its limit: HTTP 429. what: requests or tokens. retry_after_s: when something is free again."""
+
+    def __init__(self, message: str, what: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.what, self.retry_after_s = what, retry_after_s

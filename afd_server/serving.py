@@ -14,19 +14,27 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from socket import socket
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import uvloop
 
 from afd_server import __version__
 from afd_server.api.app import create_app
+from afd_server.api.keys import KeyRing
 from afd_server.api.server import bind_port, serve
-from afd_server.api.settings import BODY_BYTES, BODY_BYTES_PER_TOKEN, ApiSettings, OperatedWorkers
+from afd_server.api.settings import (
+    BODY_BYTES,
+    BODY_BYTES_PER_TOKEN,
+    ApiSettings,
+    CrossOrigin,
+    OperatedWorkers,
+)
+from afd_server.api.tls import tls_context
 from afd_server.checkpoints.default_model import afd_home
 from afd_server.checkpoints.find import find_model
 from afd_server.cluster.layout import resolve
 from afd_server.cluster.workers import Started, WorkerInfo
-from afd_server.config import ServeConfig
+from afd_server.config import ServeConfig, json_list
 from afd_server.errors import UnavailableError
 from afd_server.models.checkpoint import check_checkpoint
 from afd_server.models.families import read_model_spec
@@ -34,7 +42,7 @@ from afd_server.models.spec import ModelSpec
 from afd_server.router.admission import Admission
 from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.router import Router
-from afd_server.telemetry.logs import configure_logging
+from afd_server.telemetry.logs import Phases, configure_logging
 from afd_server.telemetry.metrics import Metrics
 from afd_server.telemetry.straggler_watch import StragglerWatch
 from afd_server.telemetry.stragglers import StragglerReport
@@ -45,6 +53,9 @@ from afd_server.text.generation_defaults import read_generation_defaults
 from afd_server.text.tokenizer import Tokenizer
 from afd_server.text.tool_calls import registry
 from afd_server.types import GenerationRequest, RequestOutput
+
+if TYPE_CHECKING:
+    from afd_server.telemetry.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -97,23 +108,31 @@ class Service:
         return self._router is not None and self._router.is_serving() and self.workers.is_serving()
 
 
-def run_server(config: ServeConfig) -> int:
-    """Serves until SIGTERM or SIGINT; gives the exit code. Raises StartError if it cannot start."""
-    configure_logging("server")
+def run_server(config: ServeConfig, began_s: float | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; gives the exit code. Raises StartError if it cannot start.
+
+    began_s: when the imports of this module began, monotonic.
+    """
+    configure_logging("server", config.log_level, config.log_format)
+    phases = Phases(began_s)
+    phases.over("importing")
     directory = find_model(config.model)
     spec = read_model_spec(directory)
     check_checkpoint(directory, spec)
     config = resolve(config, spec, directory)
     tokenizer = Tokenizer.load(directory)
     settings = _api_settings(config, spec, tokenizer)
+    tls = tls_context(config)
     listening = bind_port(config.host, config.port)
+    phases.over("reading and checking the model")
     metrics = Metrics(
         settings.model_name, tpot_sla_s=_seconds(config.tpot_sla_ms), ttft_sla_s=_seconds(config.ttft_sla_ms)
     )
+    traces = _traces(config, settings.model_name)
     workers = _workers(config)
     try:
         service = Service(workers, metrics)
-        app = create_app(settings, service, tokenizer, metrics)
+        app = create_app(settings, service, tokenizer, metrics, traces)
         front_end = serve(
             app,
             config.host,
@@ -121,14 +140,25 @@ def run_server(config: ServeConfig) -> int:
             config.shutdown_timeout,
             [listening],
             client_timeout_s=config.client_timeout,
+            tls=tls,
         )
-        machine = _run_workers(config, spec, service, metrics, _url(listening))
+        machine = _run_workers(config, spec, service, metrics, _url(listening, "https" if tls else "http"))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(front_end, machine))
     finally:
         listening.close()
         workers.stop()
+        if traces is not None:
+            traces.end()
     return 0
+
+
+def _traces(config: ServeConfig, model_name: str) -> Traces | None:
+    if config.otlp_traces_endpoint is None:
+        return None
+    from afd_server.telemetry.traces import Traces
+
+    return Traces(config.otlp_traces_endpoint, model_name)
 
 
 def _workers(config: ServeConfig) -> Workers:
@@ -139,7 +169,9 @@ def _workers(config: ServeConfig) -> Workers:
     from afd_server.cluster.own_ray import own_ray
     from afd_server.cluster.ray_environment import prepare_environment
 
-    prepare_environment(own_cluster=config.ray_address is None)
+    prepare_environment(
+        own_cluster=config.ray_address is None, log_level=config.log_level, log_format=config.log_format
+    )
     own = own_ray(config, afd_home()) if config.ray_address is None else None
     try:
         from afd_server.cluster.ray_cluster import RayCluster  # imports ray, which reads the environment
@@ -189,7 +221,9 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         reasoning_parser=reasoning_parser,
         enable_auto_tool_choice=config.enable_auto_tool_choice,
         exclude_tools_when_tool_choice_none=config.exclude_tools_when_tool_choice_none,
-        api_key=config.api_key,
+        cross_origin=_cross_origin(config),
+        root_path=config.root_path.rstrip("/"),
+        keys=KeyRing(config.api_key, config.api_key_file),
         version=__version__,
         created=int(time.time()),
         seed=config.seed,
@@ -208,6 +242,12 @@ def _chat_template(config: ServeConfig, tokenizer: Tokenizer) -> ChatTemplate | 
 def _parser(named: str, of_template: str | None) -> str | None:
     """named: a setting. of_template: what the chat template is written for, as far as it can be told."""
     return of_template if named == "auto" else None if named == "none" else named
+
+
+def _cross_origin(config: ServeConfig) -> CrossOrigin | None:
+    lists = (config.allowed_origins, config.allowed_methods, config.allowed_headers)
+    origins, methods, headers = (json_list("", text) for text in lists)
+    return CrossOrigin(origins, methods, headers, config.allow_credentials) if origins else None
 
 
 async def _run_workers(
@@ -231,7 +271,10 @@ async def _run_workers(
         await service.workers.connect(), metrics.observe_step, metrics.observe_lost, admission=admission
     ) as router:
         service.open(router)
-        print(_ready_lines(config, spec, started, url, time.monotonic() - began), flush=True)
+        seconds = time.monotonic() - began
+        if config.log_format == "text":
+            print(_ready_lines(config, spec, started, url, seconds), flush=True)
+        logger.info("ready after %.1f s: %s", seconds, url, extra={"seconds": round(seconds, 3), "url": url})
         watching = asyncio.create_task(service.watch.run())
         try:
             await service.workers.supervise(router, metrics.workers)
@@ -255,7 +298,7 @@ def _ready_lines(config: ServeConfig, spec: ModelSpec, started: Started, url: st
     """What a person wants to know of a server that has just become ready."""
     ep, tp = config.ffn_shards
     body = f'{{"model": "{config.served_model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-    key = ' -H "Authorization: Bearer $AFD_API_KEY"' if config.api_key else ""
+    key = ' -H "Authorization: Bearer $AFD_API_KEY"' if config.api_key or config.api_key_file else ""
     attention, ffn = started.attention, started.ffn
     lines = {
         "url": url,
@@ -286,9 +329,9 @@ def _attached_line(started: Started) -> str:
     )
 
 
-def _url(listening: socket) -> str:
+def _url(listening: socket, scheme: str) -> str:
     host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _count(workers: Sequence[WorkerInfo], noun: str) -> str:

@@ -94,6 +94,8 @@ class RequestOutput:
     error: the sentence to show when finish_reason is ERROR.
     prompt_logprobs: of prompt tokens, in their order from the second on, when the request asked for them: those that the
         step came to. All have come before the first new token, or with it.
+    prefill_s: from the first step that the request was in to the end of the one that gave its first token; set on the first
+        output.
     """
 
     request_id: str
@@ -104,6 +106,21 @@ class RequestOutput:
     cached_tokens: int = 0
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    prefill_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """Of one request, in monotonic seconds of this process. What it has not come to is None.
+
+    scheduled_s: when its attention worker first had it in a step. first_token_s and last_token_s: when they came here.
+    """
+
+    arrived_s: float
+    scheduled_s: float | None
+    first_token_s: float | None
+    last_token_s: float | None
+    ended_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ RESERVED = {
     "aiohttp": {"bench.client"},
     "uvicorn": {"api"},
     "prometheus_client": {"api", "telemetry", "watching.samples"},
+    "opentelemetry": {"telemetry"},
     # Bytes from elsewhere never become objects of any type.
     "pickle": set(),
     "cPickle": set(),

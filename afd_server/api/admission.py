@@ -73,8 +73,8 @@ class Admission:
         self._tokenizer = tokenizer
         self._seeds = random.Random(settings.seed)
 
-    async def admit_completion(self, body: CompletionRequest, tenant: str = "") -> Job:
-        """tenant: who asks, see GenerationRequest. Raises RequestError."""
+    async def admit_completion(self, body: CompletionRequest, tenant: str, request_id: str) -> Job:
+        """tenant: who asks, see GenerationRequest. request_id: see request_ids.py. Raises RequestError."""
         self._check_model(body.model)
         if body.best_of is not None and body.best_of != body.n:
             raise RequestError("best_of is not served beyond n", "best_of")
@@ -87,10 +87,12 @@ class Admission:
             for prompt in body.prompt
         ]
         num_logprobs = self._num_logprobs(body.logprobs, "logprobs")
-        return self._job("cmpl", body, tenant, prompts, "prompt", num_logprobs, COMPLETION_MAX_TOKENS)
+        return self._job(
+            f"cmpl-{request_id}", body, tenant, prompts, "prompt", num_logprobs, COMPLETION_MAX_TOKENS
+        )
 
-    async def admit_chat(self, body: ChatCompletionRequest, tenant: str = "") -> Job:
-        """tenant: who asks, see GenerationRequest. Raises RequestError, also for a model without a chat template."""
+    async def admit_chat(self, body: ChatCompletionRequest, tenant: str, request_id: str) -> Job:
+        """As admit_completion. Raises RequestError, also for a model without a chat template."""
         self._check_model(body.model)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
@@ -105,7 +107,7 @@ class Admission:
         (token_ids,) = await self._encode([chat.text], body.add_special_tokens, "messages")
         prompt = Prompt(tuple(token_ids), chat.text)
         num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
-        job = self._job("chatcmpl", body, tenant, [prompt], "messages", num_logprobs, None)
+        job = self._job(f"chatcmpl-{request_id}", body, tenant, [prompt], "messages", num_logprobs, None)
         return replace(job, message_format=chat.message_format)
 
     def _check_model(self, name: str | None) -> None:
@@ -137,7 +139,7 @@ class Admission:
 
     def _job(
         self,
-        kind: str,
+        response_id: str,
         body: GenerationFields,
         tenant: str,
         prompts: Sequence[Prompt],
@@ -152,7 +154,6 @@ class Admission:
             raise RequestError("priority: requests do not queue here, see --tpot-sla-ms", "priority")
         if body.stream and body.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs: are not given in a stream", "prompt_logprobs")
-        response_id = f"{kind}-{body.request_id or secrets.token_hex(16)}"
         prompts = [self._fitted(prompt, body, prompt_field) for prompt in prompts]
         self._check_all_together(prompts, body.n, prompt_field)
         num_prompt_logprobs = self._num_logprobs(body.prompt_logprobs, "prompt_logprobs")

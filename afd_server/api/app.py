@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from afd_server.api.errors import add_error_handlers
 from afd_server.api.gate import Gate
+from afd_server.api.rate_limits import LIMIT_HEADERS, Allowances
+from afd_server.api.request_ids import HEADER, RequestIds
 from afd_server.api.routes.admin import add_admin_routes
 from afd_server.api.routes.generation import add_generation_routes
 from afd_server.api.routes.models import add_model_routes
@@ -15,13 +20,38 @@ from afd_server.api.settings import ApiSettings, Service
 from afd_server.telemetry.metrics import Metrics
 from afd_server.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from afd_server.telemetry.traces import Traces
 
-def create_app(settings: ApiSettings, service: Service, tokenizer: Tokenizer, metrics: Metrics) -> FastAPI:
+
+def create_app(
+    settings: ApiSettings,
+    service: Service,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    traces: Traces | None = None,
+) -> FastAPI:
     """The whole front-end as an ASGI application. `service` may become ready later; until then requests get 503."""
     app = FastAPI(title="afd-server", version=settings.version)
-    app.add_middleware(Gate, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Gate,
+        keys=settings.keys,
+        allowances=Allowances(metrics.keys),
+        max_body_bytes=settings.max_body_bytes,
+        root_path=settings.root_path,
+    )
+    if settings.cross_origin is not None:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cross_origin.origins,
+            allow_methods=settings.cross_origin.methods,
+            allow_headers=settings.cross_origin.headers,
+            allow_credentials=settings.cross_origin.credentials,
+            expose_headers=[HEADER, "Retry-After", *LIMIT_HEADERS],
+        )
+    app.add_middleware(RequestIds)  # the last one that is added comes first
     add_error_handlers(app)
-    add_generation_routes(app, settings, service, tokenizer, metrics)
+    add_generation_routes(app, settings, service, tokenizer, metrics, traces)
     add_model_routes(app, settings)
     add_operator_routes(app, settings, service, metrics)
     add_admin_routes(app, service)

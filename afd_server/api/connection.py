@@ -14,6 +14,8 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from afd_server.api.errors import error_body
+from afd_server.api.request_ids import request_id_of
+from afd_server.telemetry.logs import about
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +133,8 @@ class Connection(HttpToolsProtocol):
     def _look(self) -> None:
         now = self.loop.time()
         if self._has_stopped_reading(now):
-            logger.info("%s has not read its answer for %g s and is dropped", self.client, self._timeout_s)
+            with about(request_id_of(self.cycle.scope) if self.cycle is not None else ""):
+                logger.info("%s has not read its answer for %g s and is dropped", self.client, self._timeout_s)
             self.transport.abort()
             return
         if not self.transport.is_closing() and self._has_stopped_sending(now):

@@ -14,7 +14,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from afd_server.errors import OverloadedError, RequestError, ServingError, UnavailableError, WorkerError
+from afd_server.api.request_ids import HEADER, request_id_of
+from afd_server.errors import (
+    OverloadedError,
+    RateLimitError,
+    RequestError,
+    ServingError,
+    UnavailableError,
+    WorkerError,
+)
 
 RETRY_AFTER_S = 5
 
@@ -33,6 +41,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
         code = None if error.code == RequestError.code else error.code
         body = error_body(str(error), type="invalid_request_error", param=error.field, code=code)
         return error.status, body
+    if isinstance(error, RateLimitError):
+        return 429, error_body(str(error), type=error.what, code="rate_limit_exceeded")  # OpenAI's words
     if isinstance(error, OverloadedError):
         return 429, error_body(str(error), type="overloaded_error", code="overloaded")
     if isinstance(error, UnavailableError | WorkerError):
@@ -44,7 +54,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 
 def error_response(error: Exception) -> JSONResponse:
     status, body = describe(error)
-    wait_s = error.retry_after_s if isinstance(error, OverloadedError) else RETRY_AFTER_S
+    wait_s = error.retry_after_s if isinstance(error, OverloadedError | RateLimitError) else RETRY_AFTER_S
     headers = {"Retry-After": str(wait_s)} if status in (429, 503) else None
     return JSONResponse(body, status, headers)
 
@@ -53,7 +63,11 @@ def add_error_handlers(app: FastAPI) -> None:
     """Every answer of `app` that is not a success carries OpenAI's body from now on."""
 
     async def serving_error(request: Request, error: Exception) -> JSONResponse:
-        return error_response(error)
+        response = error_response(error)
+        response.headers[HEADER] = request_id_of(
+            request.scope
+        )  # that of a bug is sent from outside all middleware
+        return response
 
     async def invalid_body(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

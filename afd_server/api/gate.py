@@ -1,55 +1,66 @@
-"""What stands before every route: the key, and the bound on a body's size.
+"""What stands before every route: the key and its limit of requests, and the bound on a body's size.
 
 Plain ASGI, so that nothing of a refused request is read or parsed, and streams pass through untouched.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
-import secrets
 
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from afd_server.api.errors import error_body
-from afd_server.config import separate_keys
+from afd_server.api.errors import error_body, error_response
+from afd_server.api.keys import ApiKey, KeyRing
+from afd_server.api.rate_limits import Allowance, Allowances
+from afd_server.errors import RateLimitError
 
-TENANT = "afd.tenant"
+ALLOWANCE = "afd.allowance"
 
 
 def tenant_of(scope: Scope) -> str:
-    """The identity of the API key that a request came with, "" where none is asked for. It does not tell the key."""
-    tenant: str = scope.get(TENANT, "")
-    return tenant
+    """The name of the API key that a request came with, "" where none is asked for."""
+    allowance = allowance_of(scope)
+    return "" if allowance is None else allowance.key.name
+
+
+def allowance_of(scope: Scope) -> Allowance | None:
+    """What that key may use, None where none is asked for."""
+    allowance: Allowance | None = scope.get(ALLOWANCE)
+    return allowance
 
 
 class Gate:
-    """Lets a request pass, or answers it itself: 401 below /v1 and /admin without a key, 413 for a body that says it is
-    too large. A body that turns out too large while it is read ends in 413 too. Of several keys the first one alone opens
-    /admin; without a key, /admin is for this host."""
+    """Lets a request pass, or answers it itself: 401 below /v1 and /admin without a key, 429 for one at its limit of requests,
+    413 for a body that says it is too large. A body that turns out too large while it is read ends in 413 too. An operator's
+    keys alone open /admin; where no key is asked for, /admin is for this host."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, allowances: Allowances, max_body_bytes: int, root_path: str
+    ) -> None:
         self._app = app
-        self._keys = [] if api_key is None else [key.encode() for key in separate_keys(api_key)]
+        self._keys = keys
+        self._allowances = allowances
         self._max_body_bytes = max_body_bytes
-        # A key of this process: who sees an identity, in a log or a memory dump, cannot try keys on it.
-        self._identity_key = secrets.token_bytes(32)
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["root_path"] = self._root_path
         headers = dict(scope["headers"])
         key = self._key_of(headers)
         refusal = self._refusal(scope, headers, key)
+        if refusal is None and key is not None:
+            allowance = scope[ALLOWANCE] = self._allowances.of(key)
+            send = _with_headers(send, allowance)
+            refusal = self._refusal_at_limit(scope, allowance)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        if key is not None:
-            scope[TENANT] = hashlib.blake2b(key, key=self._identity_key, digest_size=8).hexdigest()
         num_bytes = 0
 
         async def bounded() -> Message:
@@ -62,9 +73,10 @@ class Gate:
 
         await self._app(scope, bounded, send)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], key: bytes | None) -> JSONResponse | None:
-        for_operators = scope["path"].startswith("/admin")
-        guarded = bool(self._keys) and (for_operators or scope["path"].startswith("/v1"))
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes], key: ApiKey | None) -> JSONResponse | None:
+        path = _route(scope)
+        for_operators = path.startswith("/admin")
+        guarded = self._keys.is_asked_for and (for_operators or path.startswith("/v1"))
         if guarded and key is None:
             body = error_body(
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
@@ -72,24 +84,49 @@ class Gate:
                 code="invalid_api_key",
             )
             return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
-        if for_operators and self._keys and key != self._keys[0]:
-            return _forbidden("this API key does not open /admin: the first of --api-key does")
-        if for_operators and not self._keys and not _is_from_here(scope, headers):
+        if for_operators and guarded and key is not None and not key.is_operator:
+            return _forbidden("this API key does not open /admin: an operator's does")
+        if for_operators and not guarded and not _is_from_here(scope, headers):
             return _forbidden("without --api-key, /admin is for clients on the server's own host")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             return JSONResponse(error_body(self._too_large(), type="invalid_request_error"), 413)
         return None
 
-    def _key_of(self, headers: dict[bytes, bytes]) -> bytes | None:
+    def _refusal_at_limit(self, scope: Scope, allowance: Allowance) -> JSONResponse | None:
+        """What is asked of the model counts as a request, whatever comes of it."""
+        if scope["method"] == "POST" and _route(scope).startswith("/v1"):
+            try:
+                allowance.admit_request()
+            except RateLimitError as error:
+                return error_response(error)
+        return None
+
+    def _key_of(self, headers: dict[bytes, bytes]) -> ApiKey | None:
         """The key that came with a request, if it is one of ours."""
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        # In constant time: how long it takes must not tell how much of a guess was right, nor of which key.
-        matching = [key for key in self._keys if hmac.compare_digest(given.strip(), key)]
-        return matching[0] if matching and scheme.lower() == b"bearer" else None
+        scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
+        key = self._keys.find(sent.strip()) if sent and self._keys.is_asked_for else None
+        return key if scheme.lower() == b"bearer" else None
 
     def _too_large(self) -> str:
         return f"the body is larger than {self._max_body_bytes} bytes"
+
+
+def _with_headers(send: Send, allowance: Allowance) -> Send:
+    """Every answer tells what is left to the key, as OpenAI's do."""
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(allowance.headers())
+        await send(message)
+
+    return send_with_headers
+
+
+def _route(scope: Scope) -> str:
+    """The path as the routes have it: a proxy may have left --root-path before it, or have taken it away."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and (path + "/").startswith(root + "/") else path
 
 
 def _forbidden(message: str) -> JSONResponse:

@@ -7,8 +7,9 @@ several choices. What does not: OpenAI's JSON (answers/). Whoever closes the ite
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -20,7 +21,12 @@ from afd_server.errors import OverloadedError, UnavailableError
 from afd_server.telemetry.metrics import REFUSED, Metrics
 from afd_server.text.detokenizer import Detokenizer, StopStrings
 from afd_server.text.tokenizer import Tokenizer
-from afd_server.types import FinishReason, RequestOutput, TokenLogprobs
+from afd_server.types import FinishReason, GenerationRequest, RequestOutput, RequestTimes, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+# Of a request that has ended: itself, when, why, and with how many tokens of output.
+Record = Callable[[GenerationRequest, RequestTimes, str, int], None]
 
 # Pieces that wait for a client who reads slowly; beyond them, the choices' own streams wait.
 MAX_WAITING_PIECES = 256
@@ -112,16 +118,18 @@ class OutputText:
 
 
 class Clock:
-    """What the metrics are told of one choice."""
+    """What metrics and traces are told of one choice."""
 
-    def __init__(self, choice: Choice, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, choice: Choice, metrics: Metrics, record: Record | None) -> None:
+        self._request, self._metrics, self._record = choice.request, metrics, record
+        self._prefill_s = 0.0
         self._started = self._last = self._first = time.monotonic()
         self._num_tokens = 0
         metrics.observe_prompt(len(choice.prompt.token_ids))
 
-    def tokens(self, num_tokens: int) -> None:
+    def tokens(self, num_tokens: int, prefill_s: float) -> None:
         now = time.monotonic()
+        self._prefill_s += prefill_s
         if num_tokens:
             self._metrics.observe_tokens(num_tokens, now - self._last, first=not self._num_tokens)
             self._first = self._first if self._num_tokens else now
@@ -137,6 +145,15 @@ class Clock:
             self._num_tokens,
             ttft_s=self._first - self._started,
         )
+        if self._record is not None:
+            self._record(self._request, self._times(now), reason, self._num_tokens)
+
+    def _times(self, now: float) -> RequestTimes:
+        if not self._num_tokens:
+            return RequestTimes(self._started, None, None, None, now)
+        # On the worker's clock only its duration is known.
+        scheduled = max(self._started, self._first - self._prefill_s)
+        return RequestTimes(self._started, scheduled, self._first, self._last, now)
 
 
 async def run_choice(
@@ -146,13 +163,17 @@ async def run_choice(
     tokenizer: Tokenizer,
     metrics: Metrics,
     marks: Sequence[str] = (),
+    record: Record | None = None,
 ) -> AsyncGenerator[Piece, None]:
-    """All pieces of one choice. marks: special tokens that its text shows. Raises ServingError when it cannot be finished."""
+    """All pieces of one choice. marks: special tokens that its text shows. record: told of its end.
+
+    Raises ServingError when it cannot be finished.
+    """
     sampling = choice.request.sampling
     if sampling.max_tokens == 0 and sampling.prompt_logprobs is None:  # an echo of the prompt alone
         yield Piece(choice, finish_reason=FinishReason.LENGTH.value)
         return
-    output_text, clock = OutputText(choice, body, tokenizer, marks), Clock(choice, metrics)
+    output_text, clock = OutputText(choice, body, tokenizer, marks), Clock(choice, metrics, record)
     reason = FinishReason.ABORT.value  # unless one of the lines below is reached
     try:
         piece = Piece(choice)
@@ -160,7 +181,7 @@ async def run_choice(
             async for output in outputs:
                 _raise_failure(output)
                 piece = output_text.take(output)
-                clock.tokens(len(piece.token_ids))
+                clock.tokens(len(piece.token_ids), output.prefill_s)
                 if piece.finish_reason is not None:
                     break
                 yield piece
@@ -172,8 +193,9 @@ async def run_choice(
     except OverloadedError:
         reason = REFUSED
         raise
-    except Exception:
+    except Exception as error:
         reason = FinishReason.ERROR.value
+        logger.warning("a request failed: %s", error)
         raise
     finally:
         clock.finish(reason)

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -89,10 +90,11 @@ async def serve(
     sockets: Sequence[socket.socket] | None = None,
     *,
     client_timeout_s: float = CLIENT_TIMEOUT_S,
+    tls: ssl.SSLContext | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish within the timeout, and returns.
 
-    sockets: from `bind_port`, instead of host and port. client_timeout_s: see Connection. Must run on the main thread.
+    sockets: from `bind_port`, instead of host and port. client_timeout_s: see Connection. tls: for https. Must run on the main thread.
     """
     config = uvicorn.Config(
         app,
@@ -109,4 +111,6 @@ async def serve(
         server_header=False,
         timeout_graceful_shutdown=shutdown_timeout_s,  # type: ignore[arg-type]
     )
+    config.load()
+    config.ssl = tls
     await _Server(config).serve(sockets=None if sockets is None else list(sockets))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from afd_server.api.keys import KeyRing
 from afd_server.telemetry.stragglers import StragglerReport
 from afd_server.text.chat_template import ChatTemplate
 from afd_server.types import GenerationRequest, RequestOutput, WorkerState, WorkerTotals, WorkerTrace
@@ -13,6 +14,16 @@ from afd_server.types import GenerationRequest, RequestOutput, WorkerState, Work
 # Room for a body's fields, its batch of prompts or its messages, and more of it for the tokens of a longer context.
 BODY_BYTES = 4 * 2**20
 BODY_BYTES_PER_TOKEN = 32
+
+
+@dataclass(frozen=True, slots=True)
+class CrossOrigin:
+    """Whose pages may ask, and what. For starlette's CORSMiddleware."""
+
+    origins: Sequence[str]
+    methods: Sequence[str] = ("*",)
+    headers: Sequence[str] = ("*",)
+    credentials: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +36,7 @@ class ApiSettings:
     priorities: whether requests queue, so that one may go before another.
     default_sampling: request field -> value, for what a request leaves open (text.generation_defaults).
     tool_call_parser, reasoning_parser: names of text.tool_calls.registry and text.reasoning; None: nothing is looked for.
+    cross_origin: None: pages of other origins may ask nothing. root_path: see --root-path.
     max_body_bytes: what is read of a request. Its JSON is parsed on the event loop, 20 to 50 ms a megabyte.
     """
 
@@ -33,7 +45,9 @@ class ApiSettings:
     vocab_size: int
     max_logprobs: int = 20
     chat_template: ChatTemplate | None = None
-    api_key: str | None = None
+    cross_origin: CrossOrigin | None = None
+    root_path: str = ""
+    keys: KeyRing = field(default_factory=KeyRing)
     version: str = ""
     created: int = 0
     seed: int = 0

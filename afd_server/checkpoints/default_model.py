@@ -7,6 +7,7 @@ Called by cli, the demo and the tests.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, files
@@ -21,6 +22,8 @@ NAME = "SmolLM2-135M-Instruct"
 # As its model card has it (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct): hotter, so small a model rambles.
 SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 NUM_EXPERTS, TOP_K = 8, 2
+logger = logging.getLogger(__name__)
+
 LOCK_TIMEOUT_S = 900.0
 
 
@@ -58,6 +61,7 @@ def _make_once(home: Path, name: str, make: Callable[[Path], None]) -> Path:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.parent / f".{name}.lock", timeout=LOCK_TIMEOUT_S):
             if not (directory / "config.json").is_file():
+                logger.info("making %s, once on this machine", name)
                 make(directory)
     except Timeout as error:
         raise ModelError(

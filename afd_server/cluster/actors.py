@@ -198,7 +198,7 @@ class FFNActor(WorkerActor):
     """Process of one FFN worker."""
 
     def __init__(self, config: ServeConfig, index: int, server: Server) -> None:
-        configure_logging(ffn_name(index))
+        configure_logging(ffn_name(index), config.log_level, config.log_format)
         super().__init__(config, index, server)
 
     def load(self, config: ServeConfig) -> Loaded:
@@ -221,7 +221,7 @@ class AttentionActor(WorkerActor):
     _host: AttentionHost | None
 
     def __init__(self, config: ServeConfig, index: int, server: Server) -> None:
-        configure_logging(attention_name(index))
+        configure_logging(attention_name(index), config.log_level, config.log_format)
         super().__init__(config, index, server)
         # The FFN workers in use, or to be used by a load under way, by index, and the version of that list; see Supervisor.
         self._ffn: dict[int, Endpoint] = {}

@@ -16,6 +16,8 @@ from afd_server.config import ServeConfig, flag
 OF_THE_FRONT_END = frozenset(
     {"served_model_name", "trust_remote_code", "seed", "attach", "start_timeout", "drain_timeout"}
 )
+# Rooms whose settings are the front-end's, or of which workers that run already keep what they had.
+FRONT_END_ROOMS = ("api", "telemetry")
 # Besides the workers' settings, what makes it the same command.
 OF_THE_COMMAND = ("host", "port")
 SECRET = "api_key"
@@ -31,7 +33,7 @@ def differences(config: ServeConfig, settings: Mapping[str, Any]) -> list[str]:
     return [
         f"{flag(setting.name)} {settings.get(setting.name)}, not {getattr(config, setting.name)}"
         for setting in dataclasses.fields(config)
-        if setting.metadata["room"] != "api" and setting.name not in OF_THE_FRONT_END
+        if setting.metadata["room"] not in FRONT_END_ROOMS and setting.name not in OF_THE_FRONT_END
         if settings.get(setting.name) != getattr(config, setting.name)
     ]
 

@@ -48,6 +48,7 @@ from afd_server.cluster.workers import Started
 from afd_server.config import ServeConfig
 from afd_server.errors import RayLostError, StartError, UnavailableError
 from afd_server.router.router import Router
+from afd_server.telemetry.logs import Phases
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.transport.control import ControlClient
 from afd_server.types import WorkerState, WorkerTotals, WorkerTrace
@@ -76,9 +77,11 @@ class RayCluster:
         self._config = config = dataclasses.replace(config, api_key=None)
         self._own_ray = own_ray
         self._places: dict[str, Place] = {}  # by worker
+        self._phases = Phases()
         try:
             address = own_ray.address() if own_ray is not None else str(config.ray_address)
             join_ray(address, own=own_ray is not None)
+            self._phases.over("starting Ray" if own_ray is not None else "joining Ray")
             inhabited = own_ray is None or own_ray.attached
             if inhabited:
                 end_actors_without_group()
@@ -110,6 +113,7 @@ class RayCluster:
         for member in self.create(missing, config, Deadline(config.placement_timeout, cancelled)):
             self._supervisor.add(member)
         wait_for_processes(self._supervisor.all_members(), cancelled)
+        self._phases.over(f"placing {len(missing)} workers and starting their processes")
         deadline = Deadline(config.start_timeout, cancelled)
         for role in KINDS:
             arguments = () if role == "ffn" else (self._supervisor.ffn_list(),)
@@ -120,6 +124,7 @@ class RayCluster:
             for member in self._supervisor.members(role):
                 endpoint, info, _ = loaded[member.name]
                 member.serves_at(endpoint, info)
+            self._phases.over(f"loading {len(empty)} {role} workers")
         infos = {
             role: tuple(loaded[member.name][1] for member in self._supervisor.members(role)) for role in KINDS
         }

@@ -12,12 +12,15 @@ import tempfile
 from pathlib import Path
 
 from afd_server.errors import StartError
+from afd_server.telemetry.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray runs workers at niceness 15, so that a driver stays responsive. Here the workers are what everybody waits for.
     "RAY_worker_niceness": "0",
     "RAY_COLOR_PREFIX": "0",  # worker lines in a log file, too, without terminal codes
+    # Ray would fold lines of several workers into one that differ in numbers only: in the request that they are about, say.
+    "RAY_DEDUP_LOGS": "0",
     # Workers see every GPU of their node even when they ask for none, as with CUDA itself.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # How soon a call fails whose actor has died: Ray waits this long for news of the death, and looks this often. Its own
@@ -39,13 +42,16 @@ OWN_CLUSTER_SETTINGS = {
 }
 
 
-def prepare_environment(*, own_cluster: bool) -> None:
+def prepare_environment(*, own_cluster: bool, log_level: str = "info", log_format: str = "text") -> None:
     """Sets what this process and those that it starts need, for a cluster of its own or for another's.
 
     Raises StartError when a token is needed and cannot be kept.
     """
     for name, value in {**SETTINGS, **(OWN_CLUSTER_SETTINGS if own_cluster else {})}.items():
         os.environ.setdefault(name, value)
+    os.environ[LEVEL_VARIABLE], os.environ[FORMAT_VARIABLE] = log_level, log_format  # for the keeper
+    if log_format == "json":  # Ray puts the worker's name before each line: the line has it
+        os.environ["RAY_DISABLE_WORKER_LOG_PREFIX"] = "1"
     named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     if own_cluster and os.environ["RAY_AUTH_MODE"] == "token" and not named:
         make_token(Path.home() / ".ray" / "auth_token")

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Sequence
+from contextvars import Context
 from typing import Protocol
 
 from ray.exceptions import RayError
@@ -181,7 +182,7 @@ class Supervisor:
 
     def _start_watch(self, member: Member) -> None:
         assert self._tasks is not None and self._metrics is not None
-        self._watches[member] = self._tasks.create_task(self._watch(member))
+        self._watches[member] = self._tasks.create_task(self._watch(member), context=Context())
         self._metrics.up(member.name, member.role)
 
     async def _watch(self, member: Member) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -67,6 +68,9 @@ SIGNATURES: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 
+logger = logging.getLogger(__name__)
+
+
 class KernelBuildError(RuntimeError):
     """The kernels cannot be compiled here; the message says why in one line."""
 
@@ -106,6 +110,7 @@ def build(instruction_set: str, source: Path = SOURCES / "exports.cpp") -> Path:
     target = _cache_directory() / name
     if target.exists():
         return target
+    logger.info("compiling the CPU kernels, once on this machine")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as directory:

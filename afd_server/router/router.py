@@ -18,6 +18,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -26,6 +27,7 @@ from afd_server.router.admission import Admission, ReplicaLoad
 from afd_server.router.affinity import PrefixMemory
 from afd_server.router.replica_client import ReplicaClient
 from afd_server.router.stream import Stream
+from afd_server.telemetry.logs import about
 from afd_server.types import GenerationRequest, ReplicaStats, ReplicaUpdate, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -259,7 +261,10 @@ class Router:
 
     def _start_reading(self, replica: Replica) -> None:
         updates = replica.client.updates()
-        replica.reader = asyncio.create_task(self._read(replica, updates), name=replica.client.worker)
+        # It outlives the request, to scale say, by which a replica has come: its log lines are not about that.
+        replica.reader = asyncio.create_task(
+            self._read(replica, updates), name=replica.client.worker, context=Context()
+        )
 
     async def _read(self, replica: Replica, updates: AsyncIterator[ReplicaUpdate]) -> None:
         """Passes a replica's updates on until it dies."""
@@ -356,6 +361,8 @@ class Router:
         if self._on_lost is not None:
             self._on_lost(replica.client.worker, len(lost))
         for stream in lost:
+            with about(stream.request_id):
+                logger.warning("the request goes on elsewhere, after %d tokens", stream.num_output_tokens)
             self._place_or_wait(stream)
 
     def _leave(self, stream: Stream) -> None:

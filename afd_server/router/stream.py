@@ -50,8 +50,9 @@ class Stream:
 
     def put(self, output: RequestOutput) -> None:
         """Takes in what a replica gave."""
-        if self.has_output and output.cached_tokens:  # the first output of the replica, not of the request
-            output = dataclasses.replace(output, cached_tokens=0)
+        if self.has_output and (output.cached_tokens or output.prefill_s):
+            # The first output of the replica, not of the request.
+            output = dataclasses.replace(output, cached_tokens=0, prefill_s=0.0)
         self._token_ids += output.token_ids
         self._num_prompt_logprobs += len(output.prompt_logprobs)
         self._wake(output)
@@ -113,4 +114,5 @@ def joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
         logprobs=tuple(chain.from_iterable(output.logprobs for output in outputs)),
         prompt_logprobs=tuple(chain.from_iterable(output.prompt_logprobs for output in outputs)),
         cached_tokens=sum(output.cached_tokens for output in outputs),
+        prefill_s=sum(output.prefill_s for output in outputs),
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from afd_server.telemetry.key_metrics import KeyMetrics
 from afd_server.telemetry.straggler_metrics import StragglerMetrics
 from afd_server.telemetry.worker_metrics import WorkerMetrics
 from afd_server.types import ReplicaStats, StepTiming
@@ -98,6 +99,7 @@ class Metrics:
         self._create_replica_metrics()
         self.workers = WorkerMetrics(self._registry, model_name, self._replica_down)
         self.stragglers = StragglerMetrics(self._registry, model_name)
+        self.keys = KeyMetrics(self._registry, model_name)
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""

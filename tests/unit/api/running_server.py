@@ -16,17 +16,29 @@ DEADLINE_S = 20
 class Running:
     """`async with Running(service) as running:` serves on a free port; `signal` ends it as an operator does."""
 
-    def __init__(self, service, shutdown_timeout_s=DEADLINE_S, client_timeout_s=DEADLINE_S, **settings):
+    def __init__(
+        self,
+        service,
+        shutdown_timeout_s=DEADLINE_S,
+        client_timeout_s=DEADLINE_S,
+        tls=None,
+        verify=True,
+        **settings,
+    ):
         self._listening = bind_port("127.0.0.1", 0)
         self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # what nobody reads, shows soon
         self.port = self._listening.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         self._app = app_for(service, **settings)
+        self._verify = verify
+        self._tls = tls
         self._timeouts = {"shutdown_timeout_s": shutdown_timeout_s, "client_timeout_s": client_timeout_s}
 
     async def __aenter__(self):
-        self.task = asyncio.create_task(serve(self._app, "", 0, sockets=[self._listening], **self._timeouts))
-        self.client = httpx.AsyncClient(base_url=self.url, timeout=DEADLINE_S)
+        self.task = asyncio.create_task(
+            serve(self._app, "", 0, sockets=[self._listening], tls=self._tls, **self._timeouts)
+        )
+        self.client = httpx.AsyncClient(base_url=self.url, timeout=DEADLINE_S, verify=self._verify)
         assert (await self.client.get("/health")).status_code == 200
         return self
 

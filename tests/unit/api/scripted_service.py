@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from afd_server.api.app import create_app
+from afd_server.api.keys import KeyRing
 from afd_server.api.settings import ApiSettings
 from afd_server.telemetry.metrics import Metrics
 from afd_server.text.chat_template import ChatTemplate
@@ -92,14 +93,16 @@ def says(text, finish=FinishReason.STOP, *, step=1, cached_tokens=0, logprob=Non
     return outputs
 
 
-def app_for(service, **settings):
+def app_for(service, traces=None, **settings):
     values = {"model_name": "tiny", "max_model_len": 64, "vocab_size": 257, "version": "9", "created": 7}
     values |= {"chat_template": ChatTemplate(TEMPLATE), **settings}
-    return create_app(ApiSettings(**values), service, TOKENIZER, Metrics("tiny"))
+    if "api_key" in values:
+        values["keys"] = KeyRing(values.pop("api_key"))
+    return create_app(ApiSettings(**values), service, TOKENIZER, Metrics("tiny"), traces)
 
 
-def client_for(service, **settings):
-    transport = httpx.ASGITransport(app_for(service, **settings), raise_app_exceptions=False)
+def client_for(service, traces=None, **settings):
+    transport = httpx.ASGITransport(app_for(service, traces, **settings), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 

@@ -1,6 +1,7 @@
 """A step of the engine, whole: what its update says, and what an error leaves behind."""
 
 import logging
+import time
 
 import pytest
 
@@ -73,3 +74,17 @@ def test_a_worker_that_answers_for_other_requests_is_found_out():
     assert "other requests" in output.error
     engine.check()
     assert not engine.has_work
+
+
+def test_the_first_output_tells_how_long_the_request_has_been_in_steps():
+    engine, _ = make_engine()
+    engine.submit(request("long", *range(1, 12), max_tokens=3))
+    began = time.perf_counter()
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step().outputs
+    assert 0 < outputs[0].prefill_s <= time.perf_counter() - began
+    assert [output.prefill_s for output in outputs[1:]] == [0, 0]
+    engine.submit(request("left"))
+    engine.abort("left")
+    assert not engine._reading
