@@ -4,6 +4,7 @@ One server for all of it, with real processes that are stopped and killed. The t
 """
 
 import os
+import re
 import signal
 
 import httpx
@@ -99,7 +100,11 @@ def test_a_worker_that_stands_still_is_replaced_and_the_text_is_the_same(server,
     assert (len(undisturbed), error) == (ASK["max_tokens"], None)
     (pid,) = server.pids(role)
     stop = once(20, lambda: os.kill(pid, signal.SIGSTOP))
-    assert server.stream(ASK, stop) == (undisturbed, None)
+    assert server.stream({**ASK, "request_id": f"during-{role}"}, stop) == (undisturbed, None)
+    if role == "Attention":
+        assert re.search(
+            r"server the request goes on .* after \d+ tokens \[cmpl-during-Attention-", server.log()
+        )
     worker = f"{role.lower()}-0"
     assert server.metric("afd:worker_restarts_total", worker=worker, reason="frozen") == 1
     wait_until(lambda: health(server).status_code == 200)
@@ -147,13 +152,18 @@ def test_a_worker_without_restarts_left_is_given_up_and_requests_end_at_once(ser
 
     error = None
     for _ in range(MAX_RESTARTS + 2):
-        _, error = server.stream(ASK, once(10, kill))
+        _, error = server.stream({**ASK, "request_id": "the-last"}, once(10, kill))
         if error:
             break
     assert error, "it was killed more often than it may be restarted"
     wait_until(is_given_up)
     for word in ("ffn-0", "given up", f"after {MAX_RESTARTS} restarts"):
         assert word in error["message"]
+    # Both processes say so, in lines about that request.
+    wait_until(
+        lambda: re.search(r"attention-0 the request ends with its step: .*\[\d+:cmpl-the-last-", server.log())
+    )
+    assert re.search(r"server a request failed: .*ffn-0.* \[the-last\]", server.log())
     answer = health(server)
     assert answer.status_code == 503
     assert "ffn-0" in answer.json()["problems"][0]

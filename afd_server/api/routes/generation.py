@@ -41,6 +41,7 @@ def add_generation_routes(
     async def respond(request: Request, body: GenerationFields, job: Job, answer: Answer) -> Response:
         record = None if traces is None else traces.recorder(request.headers)
         marks = job.message_format.marks
+        record = None if traces is None else traces.recorder(request.headers)
         pieces = interleave(
             [run_choice(service, choice, body, tokenizer, metrics, marks, record) for choice in job.choices]
         )
