@@ -333,7 +333,6 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "top": (top, "watch it, once a second"),
     "report": (report, "which of its workers, layers or experts is slow"),
     "trace": (trace, "record every hop of its workers"),
-    "key": (key, "make an API key"),
     "bench": (bench, "measure any server under load"),
     "plan": (plan, "what a model costs, and the layout that suits it"),
     "simulate": (simulate, "a deployment under traffic and failures, in simulated time"),
