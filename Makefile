@@ -52,7 +52,7 @@ browser:
 	    echo "chromium cannot be installed"
 
 test: lint browser
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
 
 docs: $(VENV)/.ready-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet

@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from afd_server.api.admission import Admission
 from afd_server.api.errors import add_error_handlers
 from afd_server.api.gate import Gate
 from afd_server.api.load import CountLoad, Load
 from afd_server.api.page.routes import add_page_routes
 from afd_server.api.rate_limits import LIMIT_HEADERS, Allowances
 from afd_server.api.request_ids import HEADER, RequestIds
+from afd_server.api.respond import Responder
 from afd_server.api.routes.admin import add_admin_routes
 from afd_server.api.routes.generation import add_generation_routes
+from afd_server.api.routes.messages import add_messages_routes
 from afd_server.api.routes.models import add_model_routes
 from afd_server.api.routes.operators import add_operator_routes
+from afd_server.api.routes.responses import add_responses_route
 from afd_server.api.routes.tokens import add_token_routes
 from afd_server.api.routes.watching import add_watching_routes
 from afd_server.api.settings import ApiSettings, Service
@@ -60,8 +64,12 @@ def create_app(
         )
     app.add_middleware(RequestIds)  # the last one that is added comes first
     add_error_handlers(app)
-    add_generation_routes(app, settings, service, tokenizer, metrics, traces)
-    add_token_routes(app, settings, tokenizer)
+    admission = Admission(settings, tokenizer)
+    responder = Responder(service, tokenizer, metrics, traces)
+    add_generation_routes(app, settings, admission, responder, tokenizer)
+    add_responses_route(app, settings, admission, responder, tokenizer)
+    add_messages_routes(app, settings, admission, responder)
+    add_token_routes(app, settings, admission, tokenizer)
     add_model_routes(app, settings)
     add_operator_routes(app, settings, service, metrics, load)
     add_admin_routes(app, service)

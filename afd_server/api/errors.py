@@ -25,6 +25,15 @@ from afd_server.errors import (
 )
 
 RETRY_AFTER_S = 5
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class GenerationFailedError(ServingError):
@@ -52,33 +61,50 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, error_body("the server failed; its log has the details", type="server_error")
 
 
-def error_response(error: Exception) -> JSONResponse:
+def anthropic_error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """(HTTP status, body), as Anthropic's routes say it."""
+    status, body = describe(error)
+    return status, in_form_of(ANTHROPIC_PATH, status, body)
+
+
+def in_form_of(path: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's body of an error in the form that clients of this path read."""
+    if ANTHROPIC_PATH not in path:  # a proxy may have left its own path before it
+        return body
+    kind = ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}
+
+
+def error_response(error: Exception, path: str) -> JSONResponse:
+    """path: of the request, which decides the body's form."""
     status, body = describe(error)
     wait_s = error.retry_after_s if isinstance(error, OverloadedError | RateLimitError) else RETRY_AFTER_S
     headers = {"Retry-After": str(wait_s)} if status in (429, 503) else None
-    return JSONResponse(body, status, headers)
+    return JSONResponse(in_form_of(path, status, body), status, headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Every answer of `app` that is not a success carries OpenAI's body from now on."""
 
     async def serving_error(request: Request, error: Exception) -> JSONResponse:
-        response = error_response(error)
-        response.headers[HEADER] = request_id_of(
-            request.scope
-        )  # that of a bug is sent from outside all middleware
+        response = error_response(error, request.url.path)
+        # That of a bug is sent from outside all middleware.
+        response.headers[HEADER] = request_id_of(request.scope)
         return response
 
     async def invalid_body(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         message, param = explain(error.errors(), request.headers.get("content-type", ""))
-        return JSONResponse(error_body(message, type="invalid_request_error", param=param), 400)
+        body = error_body(message, type="invalid_request_error", param=param)
+        return JSONResponse(in_form_of(request.url.path, 400, body), 400)
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         where = f" ({request.method} {request.url.path})" if error.status_code in (404, 405) else ""
         body = error_body(f"{error.detail}{where}", type="invalid_request_error")
-        return JSONResponse(body, error.status_code, error.headers)
+        return JSONResponse(
+            in_form_of(request.url.path, error.status_code, body), error.status_code, error.headers
+        )
 
     app.add_exception_handler(ServingError, serving_error)
     app.add_exception_handler(RequestValidationError, invalid_body)

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from afd_server.api.errors import error_body, error_response
+from afd_server.api.errors import error_body, error_response, in_form_of
 from afd_server.api.keys import ApiKey, KeyRing
 from afd_server.api.rate_limits import Allowance, Allowances
 from afd_server.errors import RateLimitError
@@ -104,14 +104,15 @@ class Gate:
                 type="authentication_error",
                 code="invalid_api_key",
             )
-            return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
+            return JSONResponse(in_form_of(path, 401, body), 401, {"WWW-Authenticate": "Bearer"})
         if for_operators and not access.may_operate:
             if access.asks_for_key:
                 return _forbidden("this API key does not open /admin: an operator's does")
             return _forbidden("without --api-key, /admin is for clients on the server's own host")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
-            return JSONResponse(error_body(self._too_large(), type="invalid_request_error"), 413)
+            body = error_body(self._too_large(), type="invalid_request_error")
+            return JSONResponse(in_form_of(path, 413, body), 413)
         return None
 
     def _refusal_at_limit(self, scope: Scope, allowance: Allowance) -> JSONResponse | None:
@@ -120,14 +121,15 @@ class Gate:
             try:
                 allowance.admit_request()
             except RateLimitError as error:
-                return error_response(error)
+                return error_response(error, scope["path"])
         return None
 
     def _key_of(self, headers: dict[bytes, bytes]) -> ApiKey | None:
         """The key that came with a request, if it is one of ours."""
         scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
-        key = self._keys.find(sent.strip()) if sent and self._keys.is_asked_for else None
-        return key if scheme.lower() == b"bearer" else None
+        if scheme.lower() != b"bearer":
+            sent = headers.get(b"x-api-key", b"")  # as Anthropic's clients send it
+        return self._keys.find(sent.strip()) if sent and self._keys.is_asked_for else None
 
     def _too_large(self) -> str:
         return f"the body is larger than {self._max_body_bytes} bytes"

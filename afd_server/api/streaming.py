@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -116,6 +116,50 @@ async def events(
     if with_usage:
         yield event(answer.last(usage))
     yield DONE
+
+
+class InParts(Protocol):
+    """An answer whose events have names of their own (their `type`), made of parts."""
+
+    def take(self, piece: Piece) -> Iterator[dict[str, Any]]: ...
+
+    def whole(self) -> dict[str, Any]:
+        """After the last piece was taken."""
+        ...
+
+    def failure(self, error: Exception) -> dict[str, Any]:
+        """The last event of a stream that has failed."""
+        ...
+
+
+async def collect_parts(pieces: AsyncGenerator[Piece, None], answer: InParts) -> dict[str, Any]:
+    """The whole answer, when its choice has ended. Raises ServingError."""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            for _ in answer.take(piece):
+                pass
+    return answer.whole()
+
+
+async def events_of_parts(pieces: AsyncGenerator[Piece, None], answer: InParts) -> AsyncGenerator[bytes, None]:
+    """The answer as named events. A failure before the first one is raised; later ones become the stream's last event."""
+    begun = False
+    try:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                for event in answer.take(piece):
+                    begun = True
+                    yield named(event)
+    except Exception as error:
+        if not begun:
+            raise
+        if not isinstance(error, ServingError):
+            logger.exception("a stream failed")
+        yield named(answer.failure(error))
+
+
+def named(event: dict[str, Any]) -> bytes:
+    return b"event: " + event["type"].encode() + b"\n" + encoded(event)
 
 
 def _worth_sending(piece: Piece, body: GenerationFields) -> bool:

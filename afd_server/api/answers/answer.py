@@ -14,24 +14,24 @@ class Usage:
     """How many tokens a job took so far."""
 
     def __init__(self, job: Job) -> None:
-        self._prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
+        self.prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
         self._num_choices = len(job.choices) // len(job.prompts)
-        self._completion_tokens = 0
-        self._cached_tokens = 0
+        self.completion_tokens = 0
+        self.cached_tokens = 0
 
     def add(self, piece: Piece) -> None:
-        self._completion_tokens += len(piece.token_ids)
+        self.completion_tokens += len(piece.token_ids)
         if (
             piece.choice.index % self._num_choices == 0
         ):  # the others of a prompt find what the first one computed
-            self._cached_tokens += piece.cached_tokens
+            self.cached_tokens += piece.cached_tokens
 
     def body(self) -> dict[str, Any]:
         return {
-            "prompt_tokens": self._prompt_tokens,
-            "total_tokens": self._prompt_tokens + self._completion_tokens,
-            "completion_tokens": self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

@@ -14,9 +14,7 @@ from afd_server.errors import RequestError
 from afd_server.text.tokenizer import Tokenizer
 
 
-def add_token_routes(app: FastAPI, settings: ApiSettings, tokenizer: Tokenizer) -> None:
-    admission = Admission(settings, tokenizer)
-
+def add_token_routes(app: FastAPI, settings: ApiSettings, admission: Admission, tokenizer: Tokenizer) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         admission.check_model(body.model)
