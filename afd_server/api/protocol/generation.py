@@ -166,7 +166,9 @@ class GenerationFields(Body):
     """There is one."""
 
     response_format: ResponseFormat | None = None
+    """The form of the output: text, json_object, json_schema or structural_tag."""
     structured_outputs: StructuredOutputs | None = None
+    """vLLM's form of the same, and also regex, choice and grammar."""
     length_penalty: Annotated[Any, refuse_except(1)] = 1.0
     """Of beam search."""
     use_beam_search: NotServed = False
