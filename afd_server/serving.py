@@ -229,7 +229,7 @@ def _api_settings(config: ServeConfig, spec: ModelSpec, tokenizer: Tokenizer) ->
         version=__version__,
         created=int(time.time()),
         seed=config.seed,
-        tokenizer_info=_tokenizer_info(config) if config.enable_tokenizer_info_endpoint else None,
+        tokenizer_info=_tokenizer_info(config, source) if config.enable_tokenizer_info_endpoint else None,
         priorities=config.tpot_sla_ms is not None,
         default_sampling=read_generation_defaults(config.model),
         max_body_bytes=BODY_BYTES + BODY_BYTES_PER_TOKEN * config.max_model_len,
@@ -248,9 +248,10 @@ def _parser(named: str, of_template: str | None) -> str | None:
     return of_template if named == "auto" else None if named == "none" else named
 
 
-def _tokenizer_info(config: ServeConfig) -> dict[str, Any]:
-    """As transformers would write it."""
-    return {"tokenizer_class": "PreTrainedTokenizerFast", **read_tokenizer_config(Path(config.model))}
+def _tokenizer_info(config: ServeConfig, template: str) -> dict[str, Any]:
+    """tokenizer_config.json, and what may stand in other files."""
+    beside = {"tokenizer_class": "PreTrainedTokenizerFast", **({"chat_template": template} if template else {})}
+    return {**beside, **read_tokenizer_config(Path(config.model))}
 
 
 def _cross_origin(config: ServeConfig) -> CrossOrigin | None:

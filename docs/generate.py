@@ -19,10 +19,11 @@ from afd_server.command_line import Parser
 from afd_server.models.config_file import ConfigFile
 from afd_server.models.families import FAMILIES, STEP3_VISION
 from afd_server.models.spec import AttentionSpec, DenseSpec, GQASpec, MLASpec, ModelSpec, MoESpec
+from docs import api_tables
 
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS / "examples"
-PAGES = ("models", "flags", "examples")
+PAGES = ("models", "flags", "examples", "api")
 PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -204,7 +205,24 @@ def _escaped(text: str) -> str:
     return re.sub(r"[<|*]", lambda character: {"<": "&lt;"}.get(character[0], f"\\{character[0]}"), text)
 
 
-PARTS = {"models": models_table, "flags": flags_sections, "example": example}
+# --- the HTTP API --------------------------------------------------------------------------------------------------
+
+
+def api_routes() -> str:
+    return table(("route", "what", "statuses"), api_tables.routes())
+
+
+def api_fields(body: str) -> str:
+    return table(("field", "state", "default", "what it means"), api_tables.fields(body))
+
+
+PARTS = {
+    "models": models_table,
+    "flags": flags_sections,
+    "example": example,
+    "routes": api_routes,
+    "fields": api_fields,
+}
 
 
 def part(name: str) -> str:

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from afd_server.api.admission import Admission
+from afd_server.api.document import add_document
 from afd_server.api.errors import add_error_handlers
 from afd_server.api.gate import Gate
 from afd_server.api.load import CountLoad, Load
@@ -42,7 +43,7 @@ def create_app(
 
     Its state has `on_end`, to be called when the server begins to end: see server.serve.
     """
-    app = FastAPI(title="afd-server", version=settings.version)
+    app = FastAPI(title="afd-server", version=settings.version, docs_url=None, redoc_url=None)
     app.state.on_end = lambda: None
     app.add_middleware(
         Gate,
@@ -76,4 +77,5 @@ def create_app(
     add_watching_routes(app, service)
     if settings.page:
         app.state.on_end = add_page_routes(app, settings, service, metrics).close
+    add_document(app, needs_key=settings.keys.is_asked_for)
     return app

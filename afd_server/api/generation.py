@@ -182,7 +182,10 @@ async def run_choice(
                 clock.tokens(len(piece.token_ids), output.prefill_s)
                 if piece.finish_reason is not None:
                     break
-                yield piece
+                if (
+                    piece.token_ids
+                ):  # otherwise a part of the prompt has been reported, and is kept until all is
+                    yield piece
         # The machine has let go of the request before the client gets its last words.
         if piece.finish_reason is None:
             raise GenerationFailedError("the request ended without a reason")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -64,6 +65,14 @@ def refuse_except(*harmless: Any) -> Refusal:
 # Of every list, the first mistake is enough: explaining each of a million would hold up the event loop for seconds.
 FIRST = Field(fail_fast=True)
 NotServed = Annotated[Any, Refusal()]
+
+
+def _whole(value: Any) -> Any:
+    """1.0 is an integer for JSON schema, and for clients whose language has one kind of number."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)  # stands after the bounds, which else the JSON schema would not have
 Unused = Annotated[Any, ChangesNothing(), Field(description="accepted; changes nothing")]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, StrictBool, StrictInt, StrictStr, WithJsonSchema
 
-from afd_server.api.protocol.fields import FIRST, Body, NotServed, Unused, finite, refuse_except
+from afd_server.api.protocol.fields import FIRST, WHOLE, Body, NotServed, Unused, finite, refuse_except
 from afd_server.api.protocol.structure import Gone, ResponseFormat, StructuredOutputs
 
 MAX_CHOICES = 128  # of one prompt
@@ -71,8 +71,8 @@ BiasJSON = {
     "maxProperties": MAX_TOKEN_RULES,
 }
 ReportJSON = {"anyOf": [{"type": "integer", "minimum": -1}, {"enum": [None, False]}]}
-MaxTokens = Annotated[StrictInt, Field(ge=0)]
-NumLogprobs = Annotated[StrictInt, Field(ge=-1)]  # -1: of the whole vocabulary
+MaxTokens = Annotated[StrictInt, Field(ge=0), WHOLE]
+NumLogprobs = Annotated[StrictInt, Field(ge=-1), WHOLE]  # -1: of the whole vocabulary
 
 
 class StreamOptions(Body):
@@ -95,17 +95,17 @@ class GenerationFields(Body):
 
     max_tokens: MaxTokens | None = None
     """Tokens of output, at most. The prompt and it must fit --max-model-len."""
-    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES), WHOLE] = 1
     """Choices of each prompt. With a seed, choice i has the seed plus i."""
     temperature: Annotated[float, finite(ge=0)] | None = None
     """0 takes the most likely token."""
     top_p: Annotated[float, finite(gt=0, le=1)] | None = None
     """The most likely tokens that together have this probability are left."""
-    top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_TOP_K)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_TOP_K), WHOLE] | None = None
     """So many of the most likely tokens are left; 0 or -1: all."""
     min_p: Annotated[float, finite(ge=0, le=1)] | None = None
     """Tokens are left that are at least this many times as likely as the most likely one."""
-    seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
     """The same seed and body give the same output, whatever else runs. Without one the server draws one."""
     presence_penalty: Annotated[float, finite(ge=-2, le=2)] | None = None
     """Off the logit of every token that the output has."""
@@ -134,7 +134,7 @@ class GenerationFields(Body):
         None
     )
     """So many of the most likely tokens at each place of the prompt from the second on, with the own one. 0: the own one alone; -1: all. Not in a stream."""
-    min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    min_tokens: Annotated[StrictInt, Field(ge=0), WHOLE] = 0
     """Before so many tokens neither end token, stop text nor stop token ends the output."""
     ignore_eos: StrictBool = False
     """The model's end token does not end the output."""
@@ -144,7 +144,7 @@ class GenerationFields(Body):
     """Special tokens are left out of the text."""
     spaces_between_special_tokens: StrictBool = True
     """A space between special tokens that follow one another."""
-    truncate_prompt_tokens: Annotated[StrictInt, Field(ge=-1)] | None = None
+    truncate_prompt_tokens: Annotated[StrictInt, Field(ge=-1), WHOLE] | None = None
     """The prompt is cut to so many tokens; -1: to what max_tokens leaves of --max-model-len."""
     truncation_side: Literal["left", "right"] = "left"
     """Where truncate_prompt_tokens cuts: left keeps the end of the prompt."""
@@ -152,7 +152,7 @@ class GenerationFields(Body):
     """The answer has the ids of its tokens and of the prompt."""
     return_tokens_as_token_ids: StrictBool = False
     """Log-probabilities name tokens `token_id:ID`."""
-    priority: Annotated[StrictInt, Field(ge=-INT32, lt=INT32)] = 0
+    priority: Annotated[StrictInt, Field(ge=-INT32, lt=INT32), WHOLE] = 0
     """Where requests queue (--tpot-sla-ms), lower ones go first; elsewhere it must be 0."""
     request_id: Annotated[StrictStr, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
     """Part of the id of the answer."""
@@ -166,7 +166,9 @@ class GenerationFields(Body):
     """There is one."""
 
     response_format: ResponseFormat | None = None
+    """The form of the output: text, json_object, json_schema or structural_tag."""
     structured_outputs: StructuredOutputs | None = None
+    """vLLM's form of the same, and also regex, choice and grammar."""
     length_penalty: Annotated[Any, refuse_except(1)] = 1.0
     """Of beam search."""
     use_beam_search: NotServed = False
@@ -198,7 +200,7 @@ class CompletionRequest(GenerationFields):
     """The log-probability of each token of output, and of so many of the most likely ones; -1: of all. Of the model itself, before temperature and rules."""
     add_special_tokens: StrictBool = True
     """The tokenizer's special tokens stand around a text."""
-    best_of: Annotated[StrictInt, Field(ge=1)] | None = None
+    best_of: Annotated[StrictInt, Field(ge=1), WHOLE] | None = None
     """Only the same as n."""
     suffix: NotServed = None
     prompt_embeds: NotServed = None

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictStr, ValidationInfo
+from pydantic import BeforeValidator, Field, StrictBool, StrictStr, ValidationInfo
 
-from afd_server.api.protocol.fields import FIRST, Body, NotServed, Unused
+from afd_server.api.protocol.fields import FIRST, Body, NotServed, Refusal, Unused
 
 # vLLM had these once; what each is called now.
 GONE = {
@@ -23,12 +23,18 @@ GONE = {
 }
 
 
-def _refuse_gone(value: Any, info: ValidationInfo) -> Any:
-    if value is not None:
-        instead = GONE.get(info.field_name or "")
-        remedy = f"use {instead}" if instead else "there is one backend"
-        raise ValueError(f"{info.field_name} is no longer a field: {remedy}")
-    return value
+class _Gone(Refusal):
+    """Marks a field that is not served any more under this name."""
+
+    def check(self, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            instead = GONE.get(info.field_name or "")
+            remedy = f"use {instead}" if instead else "there is one backend"
+            raise ValueError(f"{info.field_name} is no longer a field: {remedy}")
+        return value
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "null"}
 
 
 def _schema(value: Any) -> Any:
@@ -43,7 +49,7 @@ def _schema(value: Any) -> Any:
     return value
 
 
-Gone = Annotated[Any, AfterValidator(_refuse_gone)]
+Gone = Annotated[Any, _Gone()]
 JSONSchema = Annotated[dict[str, Any] | bool, BeforeValidator(_schema)]
 Text = Annotated[StrictStr, Field(min_length=1)]
 

@@ -8,6 +8,7 @@ from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
 from afd_server.api.protocol.chat import MAX_MESSAGES, ChatCompletionRequest, Message
 from afd_server.api.protocol.fields import FIRST, Body, NotServed
+from afd_server.api.protocol.functions import MAX_TOOLS, Tool
 from afd_server.api.protocol.generation import is_ids
 
 
@@ -36,6 +37,8 @@ class TokenizeRequest(Body):
     """The chat ends within its last message."""
     chat_template_kwargs: dict[StrictStr, Any] | None = None
     """More names for the chat template."""
+    tools: Annotated[list[Tool], FIRST, Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
+    """The functions that the chat offers."""
     chat_template: NotServed = None
     media_io_kwargs: NotServed = None
     mm_processor_kwargs: NotServed = None
@@ -43,7 +46,7 @@ class TokenizeRequest(Body):
     @property
     def of_chat(self) -> list[str]:
         """The given fields that only a chat has."""
-        names = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+        names = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
         return [name for name in names if name in self.model_fields_set]
 
     def as_chat(self) -> ChatCompletionRequest:
