@@ -12,6 +12,8 @@ from afd_server.api.document import ROWS
 from afd_server.api.protocol.chat import ChatCompletionRequest, Message
 from afd_server.api.protocol.fields import ChangesNothing, Refusal
 from afd_server.api.protocol.generation import CompletionRequest, GenerationFields, StreamOptions
+from afd_server.api.protocol.messages import CountTokensRequest, MessagesRequest
+from afd_server.api.protocol.responses import ResponsesRequest
 from afd_server.api.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 Rows = list[tuple[str, ...]]
@@ -22,6 +24,9 @@ BODIES: dict[str, type[BaseModel]] = {
     "chat": ChatCompletionRequest,
     "message": Message,
     "stream_options": StreamOptions,
+    "responses": ResponsesRequest,
+    "count_tokens": CountTokensRequest,
+    "messages": MessagesRequest,
     "tokenize": TokenizeRequest,
     "detokenize": DetokenizeRequest,
 }
@@ -37,11 +42,15 @@ def routes() -> Rows:
 def fields(body: str) -> Rows:
     """Those of a route's own: what both routes have in common is a table of its own."""
     model = BODIES[body]
-    common = (
-        set(GenerationFields.model_fields)
-        if model is not GenerationFields and issubclass(model, GenerationFields)
-        else set()
+    shared = next(
+        (
+            each
+            for each in (GenerationFields, CountTokensRequest)
+            if model is not each and issubclass(model, each)
+        ),
+        None,
     )
+    common = set() if shared is None else set(shared.model_fields)
     return [
         (f"`{field.alias or name}`", state(field), default(field), meaning(field))
         for name, field in model.model_fields.items()

@@ -35,7 +35,8 @@ HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 @dataclass(frozen=True)
 class Row:
     """summary: of the route. answer: what a 200 holds, None for other JSON objects, text for text/plain. chunk: of its stream,
-    where it has one. errors: statuses besides those of every route. example: a body."""
+    where it has one. errors: statuses besides those of every route, and error their body. example: a body. named_events: what
+    the stream is, where its events have names."""
 
     tag: str
     summary: str
@@ -43,6 +44,8 @@ class Row:
     errors: tuple[int, ...] = ()
     chunk: type[BaseModel] | None = None
     example: dict[str, Any] | None = None
+    named_events: str | None = None
+    error: type[BaseModel] = schema.ErrorBody
 
 
 GENERATES = (400, 404, 408, 413, 429, 503)
@@ -55,6 +58,20 @@ ROWS = {
     ("post", "/v1/chat/completions"): Row(
         "generation", "Answer in a chat", schema.ChatCompletion, GENERATES, schema.ChatCompletionChunk,
         {"model": "default", "messages": HELLO, "max_tokens": 32},
+    ),
+    ("post", "/v1/responses"): Row(
+        "generation", "Answer, in OpenAI's newer form", schema.ResponseObject, GENERATES, None,
+        {"model": "default", "input": "What is the capital of France?", "max_output_tokens": 32},
+        "OpenAI's events, `response.created` to `response.completed`.",
+    ),
+    ("post", "/v1/messages"): Row(
+        "generation", "Answer, in Anthropic's form", schema.MessageObject, GENERATES, None,
+        {"model": "default", "messages": HELLO, "max_tokens": 32},
+        "Anthropic's events, `message_start` to `message_stop`.", schema.MessagesErrorBody,
+    ),
+    ("post", "/v1/messages/count_tokens"): Row(
+        "tokens", "The tokens of a prompt of that form", schema.InputTokens, BODY, None,
+        {"model": "default", "messages": HELLO}, None, schema.MessagesErrorBody,
     ),
     ("get", "/v1/models"): Row("models", "The models: one", schema.ModelList),
     ("get", "/v1/models/{name}"): Row("models", "A model", schema.ModelCard, (404,)),
@@ -109,7 +126,7 @@ def complete(app: FastAPI, needs_key: bool) -> dict[str, Any]:
             operation["responses"].pop("422", None)  # what is wrong with a body is 400 here
             if needs_key and path.startswith(("/v1", "/admin")):
                 operation["security"] = [{"key": []}]
-                operation["responses"]["401"] = _error(401)
+                operation["responses"]["401"] = _error(401, schema.ErrorBody if row is None else row.error)
     return document
 
 
@@ -123,19 +140,21 @@ def _describe(operation: dict[str, Any], row: Row) -> None:
     if row.chunk is not None:
         words = f"Server-sent events, each with a {row.chunk.__name__}, or an error; the last one is [DONE]."
         content[EVENTS] = {"schema": {"type": "string", "description": words}}
+    if row.named_events is not None:
+        content[EVENTS] = {"schema": {"type": "string", "description": row.named_events}}
     answers = {"200": {"description": "Successful", "content": content}}
     operation["responses"] = {
         **answers,
-        **{str(status): _error(status) for status in sorted({*row.errors, 500})},
+        **{str(status): _error(status, row.error) for status in sorted({*row.errors, 500})},
     }
     if row.example is not None:
         operation["requestBody"]["content"]["application/json"]["examples"] = {"usual": {"value": row.example}}
 
 
-def _error(status: int) -> dict[str, Any]:
+def _error(status: int, body: type[BaseModel] = schema.ErrorBody) -> dict[str, Any]:
     return {
         "description": ERRORS[status],
-        "content": {"application/json": {"schema": _reference(schema.ErrorBody)}},
+        "content": {"application/json": {"schema": _reference(body)}},
     }
 
 
@@ -144,7 +163,8 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _answer_schemas() -> dict[str, Any]:
-    models = {schema.ErrorBody, *(row.chunk for row in ROWS.values() if row.chunk is not None)}
+    models: set[type[BaseModel]] = {row.error for row in ROWS.values()}
+    models |= {row.chunk for row in ROWS.values() if row.chunk is not None}
     models |= {
         row.answer for row in ROWS.values() if row.answer is not None and not isinstance(row.answer, str)
     }

@@ -229,3 +229,88 @@ class ErrorBody(_Answer):
 
 
 AnyObject = dict[str, Any]
+
+
+class InputTokensDetails(_Answer):
+    cached_tokens: int
+
+
+class OutputTokensDetails(_Answer):
+    reasoning_tokens: int
+
+
+class ResponseUsage(_Answer):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponseObject(_Answer):
+    """Whole, or within the first and last events of a stream."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    model: str
+    output: list[dict[str, Any]]
+    """Items: reasoning, message, function_call."""
+    usage: ResponseUsage | None
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, Any] | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    temperature: float | None
+    """As asked for; null: the model's recommendation. So is top_p."""
+    top_p: float | None
+    top_logprobs: int
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    text: dict[str, Any]
+    reasoning: dict[str, Any]
+    truncation: Literal["disabled"]
+    store: Literal[False]
+    background: Literal[False]
+    previous_response_id: None
+
+
+class MessagesUsage(_Answer):
+    input_tokens: int
+    """Those that were not found in the prefix cache."""
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageObject(_Answer):
+    """Anthropic's."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    """Blocks: thinking, text, tool_use."""
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    stop_sequence: str | None
+    usage: MessagesUsage
+
+
+class InputTokens(_Answer):
+    input_tokens: int
+
+
+class MessagesErrorKind(_Answer):
+    type: str
+    message: str
+
+
+class MessagesErrorBody(_Answer):
+    """Anthropic's."""
+
+    type: Literal["error"]
+    error: MessagesErrorKind

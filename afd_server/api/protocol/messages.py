@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, Tag
 
 from afd_server.api.protocol.chat import MAX_MESSAGES
-from afd_server.api.protocol.fields import FIRST, Body, NotServed, Unused, finite, refuse_except
+from afd_server.api.protocol.fields import FIRST, WHOLE, Body, NotServed, Unused, finite, refuse_except
 from afd_server.api.protocol.generation import MAX_STOP_STRINGS, MAX_TOP_K, StopString
-from afd_server.api.protocol.parts import by_type, text_of
+from afd_server.api.protocol.parts import Text, by_type
 
 
 def _blocks(value: Any) -> Any:
@@ -43,7 +43,7 @@ class ToolResultBlock(Body):
 
     type: Literal["tool_result"]
     tool_use_id: StrictStr
-    content: Annotated[StrictStr, BeforeValidator(text_of("text"))] = ""
+    content: Text = ""
     is_error: Unused = None
     cache_control: Unused = None
 
@@ -60,7 +60,7 @@ Block = Annotated[
 
 class InputMessage(Body):
     role: Literal["user", "assistant"]
-    content: Annotated[list[Block], FIRST, BeforeValidator(_blocks)]
+    content: Annotated[list[Block], FIRST, BeforeValidator(_blocks, StrictStr | list[Block])]
 
 
 class Tool(Body):
@@ -88,21 +88,33 @@ class Thinking(Body):
 
 class CountTokensRequest(Body):
     model: StrictStr
+    """The name under which the model is served; another one is 404."""
     messages: Annotated[list[InputMessage], FIRST, Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: Annotated[StrictStr, BeforeValidator(text_of("text"))] | None = None
+    """Of user and assistant, as texts or blocks: text, thinking, tool_use, tool_result."""
+    system: Text | None = None
+    """The system message."""
     tools: Annotated[list[Tool], FIRST] | None = None
+    """Tools that the model may call."""
     tool_choice: ToolChoice | None = None
+    """Whether it may (auto), must (any, or tool with a name), or must not (none)."""
     thinking: Thinking | None = None
+    """Whether the model thinks first, where its chat template has a choice."""
     cache_control: Unused = None
 
 
 class MessagesRequest(CountTokensRequest):
-    max_tokens: Annotated[StrictInt, Field(ge=1)]
+    max_tokens: Annotated[StrictInt, Field(ge=1), WHOLE]
+    """Tokens of output, thinking included."""
     stream: StrictBool = False
+    """The answer as Anthropic's named events."""
     stop_sequences: Annotated[list[StopString], FIRST, Field(max_length=MAX_STOP_STRINGS)] | None = None
+    """Texts at which the output ends; they are not part of it."""
     temperature: Annotated[float, finite(ge=0)] | None = None
+    """Sampling, as in a chat; above 1, too."""
     top_p: Annotated[float, finite(gt=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_TOP_K)] | None = None
+    """As in a chat."""
+    top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_TOP_K), WHOLE] | None = None
+    """As in a chat."""
     metadata: Unused = None
     service_tier: Annotated[Any, refuse_except("auto", "standard_only")] = None
     container: NotServed = None

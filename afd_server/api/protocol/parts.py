@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator
+from pydantic import BaseModel, BeforeValidator, Discriminator, StrictStr
 
 
 def text_of(*kinds: str) -> Callable[[Any], Any]:
@@ -23,6 +23,31 @@ def text_of(*kinds: str) -> Callable[[Any], Any]:
         return "\n".join(texts)
 
     return joined
+
+
+class _Part(BaseModel):
+    """For the document alone: what a part may hold besides is not looked at."""
+
+    text: StrictStr
+
+
+class TextPart(_Part):
+    type: Literal["text"]
+
+
+class ConversationPart(_Part):
+    type: Literal["input_text", "output_text", "text"]
+
+
+class ReasoningPart(_Part):
+    type: Literal["reasoning_text"]
+
+
+Text = Annotated[StrictStr, BeforeValidator(text_of("text"), StrictStr | list[TextPart])]
+ConversationText = Annotated[
+    StrictStr, BeforeValidator(text_of("input_text", "output_text", "text"), StrictStr | list[ConversationPart])
+]
+ReasoningText = Annotated[StrictStr, BeforeValidator(text_of("reasoning_text"), list[ReasoningPart])]
 
 
 def by_type(kinds: Collection[str], default: str | None = None) -> Discriminator:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, Tag
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, Tag
 
-from afd_server.api.protocol.fields import FIRST, Body, NotServed, Unused, finite, refuse_except
-from afd_server.api.protocol.generation import INT32, INT64, MAX_TOP_K
-from afd_server.api.protocol.parts import by_type, text_of
+from afd_server.api.protocol.fields import FIRST, WHOLE, Body, NotServed, Unused, finite, refuse_except
+from afd_server.api.protocol.generation import INT32, INT64, MAX_TOP_K, NumLogprobs
+from afd_server.api.protocol.parts import ConversationText, ReasoningText, by_type
 
 MAX_ITEMS = 4096
 INCLUDED = "message.output_text.logprobs"
@@ -19,16 +19,10 @@ def _items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-def _only_logprobs(value: list[str]) -> list[str]:
-    if any(each != INCLUDED for each in value):
-        raise ValueError(f"only {INCLUDED!r} can be included")
-    return value
-
-
 class InputMessage(Body):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[StrictStr, BeforeValidator(text_of("input_text", "output_text", "text"))]
+    content: ConversationText
     # What an answer's own items hold besides, when they are sent back.
     id: Unused = None
     status: Unused = None
@@ -47,7 +41,7 @@ class FunctionCallItem(Body):
 class FunctionCallOutput(Body):
     type: Literal["function_call_output"]
     call_id: StrictStr
-    output: Annotated[StrictStr, BeforeValidator(text_of("input_text", "output_text", "text"))]
+    output: ConversationText
     id: Unused = None
     status: Unused = None
 
@@ -56,7 +50,7 @@ class ReasoningItem(Body):
     """What the model thought before. Summaries are not shown to it again, as the text itself is there."""
 
     type: Literal["reasoning"]
-    content: Annotated[StrictStr, BeforeValidator(text_of("reasoning_text"))] | None = None
+    content: ReasoningText | None = None
     summary: Unused = None
     id: Unused = None
     status: Unused = None
@@ -71,6 +65,9 @@ Item = Annotated[
     | Annotated[ReasoningItem, Tag("reasoning")],
     by_type(ITEMS, default="message"),
 ]
+
+
+Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 class FunctionTool(Body):
@@ -113,30 +110,53 @@ class ResponseStreamOptions(Body):
 
 class ResponsesRequest(Body):
     model: StrictStr | None = None
-    input: Annotated[list[Item], FIRST, BeforeValidator(_items), Field(min_length=1, max_length=MAX_ITEMS)]
-    instructions: Annotated[StrictStr, Field(description="the system message, before all of input")] | None = (
-        None
-    )
+    """The name under which the model is served; another one is 404."""
+    input: Annotated[
+        list[Item], FIRST, BeforeValidator(_items, StrictStr | Items), Field(min_length=1, max_length=MAX_ITEMS)
+    ]
+    """A text of the user, or messages, calls, their outputs and reasoning, in order."""
+    instructions: StrictStr | None = None
+    """The system message, before all of input."""
     stream: StrictBool = False
+    """The answer as named server-sent events."""
     stream_options: ResponseStreamOptions | None = None
-    max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Of a stream only."""
+    max_output_tokens: Annotated[StrictInt, Field(ge=1), WHOLE] | None = None
+    """Reasoning included. Default: all that the context has room for."""
     temperature: Annotated[float, finite(ge=0)] | None = None
+    """Sampling, as in a chat."""
     top_p: Annotated[float, finite(gt=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_TOP_K)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
+    """As in a chat."""
+    top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_TOP_K), WHOLE] | None = None
+    """As in a chat."""
+    seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
+    """The same seed and body give the same output."""
     presence_penalty: Annotated[float, finite(ge=-2, le=2)] | None = None
+    """As in a chat."""
     frequency_penalty: Annotated[float, finite(ge=-2, le=2)] | None = None
+    """As in a chat."""
     repetition_penalty: Annotated[float, finite(ge=1e-3, le=1e3)] | None = None
-    priority: Annotated[StrictInt, Field(ge=-INT32, lt=INT32)] = 0
+    """As in a chat."""
+    priority: Annotated[StrictInt, Field(ge=-INT32, lt=INT32), WHOLE] = 0
+    """Where requests queue (--tpot-sla-ms), lower ones go first; elsewhere it must be 0."""
     ignore_eos: StrictBool = False
-    top_logprobs: Annotated[StrictInt, Field(ge=0)] | None = None
-    include: Annotated[list[StrictStr], AfterValidator(_only_logprobs)] | None = None
+    """The model's end token does not end the output."""
+    top_logprobs: NumLogprobs | None = None
+    """So many of the most likely tokens at each place."""
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    """Log-probabilities with the text."""
     text: TextOptions | None = None
+    """The form of the output."""
     reasoning: ReasoningOptions | None = None
+    """How much the model thinks, where its chat template has a choice."""
     tools: Annotated[list[FunctionTool], FIRST] | None = None
+    """Functions that the model may call."""
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    """Whether it may, must not, or must, and which."""
     parallel_tool_calls: StrictBool | None = None
+    """false: one call at most."""
     metadata: dict[StrictStr, StrictStr] | None = None
+    """Given back with the answer."""
 
     user: Unused = None
     safety_identifier: Unused = None

@@ -103,7 +103,7 @@ async def test_the_document_is_whole():
         assert ("security" in operation, "401" in operation["responses"]) == (guarded, guarded), path
         for status, answer in operation["responses"].items():
             if status != "200":
-                assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
+                assert answer["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
     references = [line.split('"')[3] for line in json.dumps(document, indent=0).split("\n") if '"$ref"' in line]
     schemas = document["components"]["schemas"]
     assert {reference.removeprefix("#/components/schemas/") for reference in references} <= schemas.keys()
