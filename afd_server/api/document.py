@@ -141,7 +141,8 @@ def _describe(operation: dict[str, Any], row: Row) -> None:
         words = f"Server-sent events, each with a {row.chunk.__name__}, or an error; the last one is [DONE]."
         content[EVENTS] = {"schema": {"type": "string", "description": words}}
     if row.named_events is not None:
-        content[EVENTS] = {"schema": {"type": "string", "description": row.named_events}}
+        fields = {"event": {"type": "string"}, "data": {"type": "string"}}
+        content[EVENTS] = {"schema": {"type": "object", "properties": fields, "description": row.named_events}}
     answers = {"200": {"description": "Successful", "content": content}}
     operation["responses"] = {
         **answers,
