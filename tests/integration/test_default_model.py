@@ -143,6 +143,7 @@ EXAMPLES = {
     "chat.py": r"Paris\.\n\d+ tokens in, \d+ tokens out\n\w+",
     "curl.sh": r'"id":"smol".*Paris.*"text":" four".*data: \[DONE\]',
     "batch.py": r"(0\.\d\d a token: The capital of France is'.*'\n){2}(0\.\d\d a token: Water freezes at.*\n){2}",
+    "structured.py": r"\{'name': '.*', 'country': '.*', 'is_capital': (True|False)\}\n(positive|negative)\n",
     "offline.py": r"The capital of France is Paris.*\nThe opposite of hot is cold",
     "plan.py": r"(\d+ attention and \d+ FFN workers: \d+ tokens/s a card.*\n)+start the first with: afd serve",
 }
