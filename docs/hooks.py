@@ -27,8 +27,12 @@ def on_files(files, config):
     """Adds a page for every file of the repository that a page links to, and for what those link to in turn."""
     waiting = [file.src_uri for file in files.documentation_pages()]
     waiting += [uri for uri in _uris(config["nav"]) if uri.startswith(f"{BELOW}/")]
+    seen = set()  # pages link to one another
     while waiting:
         uri = waiting.pop()
+        if uri in seen:
+            continue
+        seen.add(uri)
         path = _path_of(uri)
         if files.get_file_from_path(uri) is None:
             if not path.exists():
