@@ -17,8 +17,10 @@ from afd_server.errors import ConfigError
 
 def key_command(argv: Sequence[str]) -> int:
     """Gives the exit code. Raises ConfigError."""
-    parser = Parser(prog="afd key", description="Make an API key. A server knows its hash only.")
-    parser.add_argument("action", choices=["new"], help="print a new key, once")
+    actions = Parser(prog="afd key", description="API keys for afd serve --api-key-file.")
+    actions.add_argument("action", choices=["new"], help="new: make one")
+    actions.parse_args(list(argv[:1]))
+    parser = Parser(prog="afd key new", description="Print a new API key, once. A server knows its hash only.")
     parser.add_argument("name", metavar="NAME", help="what logs and metrics call it")
     parser.add_argument("--operator", action="store_true", help="it opens /admin too")
     parser.add_argument("--requests-per-minute", type=int, metavar="N", help="default: no limit")
@@ -28,7 +30,7 @@ def key_command(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--file", type=Path, help="where to add it; default: its line for such a file is printed below the key"
     )
-    given = parser.parse_args(list(argv))
+    given = parser.parse_args(list(argv[1:]))
     try:
         key, kept = new_key(
             given.name,
