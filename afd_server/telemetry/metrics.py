@@ -113,7 +113,6 @@ class Metrics:
         self.workers = WorkerMetrics(self._registry, model_name, self._replica_down)
         self.keys = KeyMetrics(self._registry, model_name)
         self.stragglers = StragglerMetrics(self._registry, model_name)
-        self.keys = KeyMetrics(self._registry, model_name)
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""
