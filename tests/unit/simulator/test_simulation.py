@@ -7,7 +7,7 @@ import pytest
 from afd_server.simulator.demand import Demand, Lengths
 from afd_server.simulator.scenario import Detail, Failures, Kill, Resize
 from afd_server.simulator.simulation import detail_of, simulate
-from tests.unit.simulator.scenarios import STEP_S, TIMES, demand, scenario
+from tests.unit.simulator.scenarios import STEP_S, TIMES, demand, scenario, times_with
 
 
 def tokens_per_s(result, from_s, to_s):
@@ -61,17 +61,30 @@ def test_the_same_seed_gives_the_same_run():
     assert results[0] != simulate(scenario(2, demand=replace(open_loop, seed=4))).as_json()
 
 
-# (attention workers, FFN shards, FFN replicas, clients, micro-batches)
-GROUPS = [(1, 2, 1, 16, "1"), (4, 1, 1, 64, "1"), (6, 2, 1, 150, "2"), (8, 2, 2, 150, "1"), (8, 1, 1, 240, "3")]
+# (attention workers, FFN shards, FFN replicas, clients, micro-batches, layers)
+GROUPS = [
+    (1, 2, 1, 16, "1", 20),
+    (4, 1, 1, 64, "1", 60),
+    (6, 2, 1, 150, "2", 60),
+    (8, 2, 2, 150, "1", 20),
+    (8, 1, 1, 240, "3", 20),
+]
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=str)
 def test_whole_steps_come_to_what_hops_come_to(group):
     """The estimate for large clusters, against the count, where both can be had."""
-    attention, shards, replicas, clients, micro_batches = group
+    attention, shards, replicas, clients, micro_batches, layers = group
     asked = demand(clients, prompt="lognormal:200:1", output="lognormal:100:0.7")
     base = scenario(
-        attention, shards, replicas, config={"micro_batches": micro_batches}, demand=asked, warm_up_s=2.0
+        attention,
+        shards,
+        replicas,
+        config={"micro_batches": micro_batches},
+        demand=asked,
+        times=times_with(num_layers=layers),
+        duration_s=layers / 2,
+        warm_up_s=layers / 10,
     )
     hops, steps = (simulate(replace(base, detail=detail)) for detail in (Detail.HOPS, Detail.STEPS))
     assert steps.tokens_per_s == pytest.approx(hops.tokens_per_s, rel=0.15)
