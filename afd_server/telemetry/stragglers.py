@@ -17,8 +17,8 @@ from afd_server.types import LayerTotal, WaitTotal, WorkerTotals
 
 # From these ratios on something is said to be slow, or hot. Less is within what a busy host does to anybody.
 SLOW_WORKER, SLOW_LAYER, HOT_EXPERT = 1.5, 1.5, 2.0
-# Of the time that a call to a worker is waited for beyond what it says that it took: over that of its peers, and in seconds.
-LATE_WORKER, LATE_S = 2.0, 3e-4
+# Of the time that calls to a worker are waited for beyond what it says that they took: over that of its peers, and of all time.
+LATE_WORKER, LATE_SHARE = 3.0, 0.05
 # Fewer batches tell nothing, and who hardly computes holds up nobody.
 MIN_BATCHES, MIN_BUSY_SHARE = 20, 0.01
 MIN_CHOICES_PER_EXPERT = 20
@@ -200,8 +200,8 @@ def _late_workers(totals: Sequence[WorkerTotals], seconds: float | None) -> Iter
     mean_s = {worker: late_s[worker] / count for worker, count in calls.items() if count >= MIN_BATCHES}
     for worker, own_s in mean_s.items():
         theirs_s = median([other_s for other, other_s in mean_s.items() if other != worker] or [own_s])
-        matters = seconds is None or late_s[worker] >= MIN_BUSY_SHARE * seconds
-        if own_s >= max(LATE_S, LATE_WORKER * theirs_s) and matters:
+        matters = seconds is not None and late_s[worker] >= LATE_SHARE * seconds
+        if own_s > LATE_WORKER * theirs_s and matters:
             yield (
                 f"answers of {worker} come late: its callers stand still for {_ms(own_s)} a call beyond what it says that it took, "
                 f"for its peers {_ms(theirs_s)} (its host is busy, it has more callers, or the way to it is slow)"
@@ -232,8 +232,8 @@ def _layer_paces(
 
 def _slow_layers(layers: Sequence[LayerPace]) -> Iterable[str]:
     for each in layers:
-        if (each.role, each.layer) == ("attention", 0):
-            continue  # the embedding is in its time
+        if each.layer == 0:
+            continue  # the embedding is in its time, and the caches hold other things when it begins
         if each.slowness >= SLOW_LAYER:
             yield (
                 f"layer {each.layer} is slow in the {each.role} workers: {_ms(each.mean_s)} a batch, "

@@ -13,7 +13,10 @@ from tests.unit.deploy.test_prometheus import OWN_METRICS, metrics_of, queries, 
 pytestmark = pytest.mark.integration
 
 WORKERS = {"attention-0", "attention-1", "ffn-0", "ffn-1"}
-NUM_STREAMS = 8
+PROMPTS = [
+    f"{number} abc" for number in range(8)
+]  # of one request: enough for two micro-batches on each worker
+NUM_CLIENTS = 2
 FLAGS = ("--attention-workers", 2, "--ffn-workers", 2, "--micro-batches", 2, "--kv-cache-memory-bytes", 1 << 22)
 
 
@@ -27,11 +30,11 @@ def server(mixtral):
 def load(server):
     over = threading.Event()
 
-    def ask(number):
+    def ask():
         while not over.is_set():
-            server.complete(f"{number} abc", max_tokens=100, ignore_eos=True, temperature=0.0)
+            server.complete(PROMPTS, max_tokens=200, ignore_eos=True, temperature=0.0)
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(NUM_STREAMS)]
+    threads = [threading.Thread(target=ask) for _ in range(NUM_CLIENTS)]
     for thread in threads:
         thread.start()
     try:

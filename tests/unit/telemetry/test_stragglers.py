@@ -70,15 +70,15 @@ def attention(*waited_s, calls=1000):
 
 
 def test_answers_that_come_late_are_told_although_computing_takes_no_longer():
-    report = straggler_report([attention(0.1, 2.0, 0.2), ffn(0, 0.001), ffn(1, 0.001), ffn(2, 0.001)], 60.0)
+    report = straggler_report([attention(0.1, 4.0, 0.2), ffn(0, 0.001), ffn(1, 0.001), ffn(2, 0.001)], 60.0)
     assert report.findings == (
-        "answers of ffn-1 come late: its callers stand still for 2 ms a call beyond what it says that it took, "
+        "answers of ffn-1 come late: its callers stand still for 4 ms a call beyond what it says that it took, "
         "for its peers 0.15 ms (its host is busy, it has more callers, or the way to it is slow)",
     )
 
 
 @pytest.mark.parametrize(
-    "waits", [attention(0.1, 0.25), attention(1.5, 2.0), attention(9.0), attention(0.1, 2.0, calls=5)]
+    "waits", [attention(0.1, 2.0), attention(8.0, 20.0), attention(9.0), attention(0.1, 9.0, calls=5)]
 )
 def test_small_differences_of_waiting_tell_nothing(waits):
     assert straggler_report([waits], 60.0).findings == NOTHING_STANDS_OUT
