@@ -100,7 +100,7 @@ class Admission:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         prompt, message_format = await self.read_chat(body)
         num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
-        constraint = await self._constraints.of_body(body, body.n)
+        constraint = await self._constraints.of_chat(body, message_format)
         name = f"chatcmpl-{request_id}"
         job = self._job(name, body, tenant, [prompt], "messages", num_logprobs, None, constraint)
         return replace(job, message_format=message_format)

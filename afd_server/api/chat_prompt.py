@@ -35,8 +35,6 @@ def chat_prompt(body: ChatCompletionRequest, settings: ApiSettings) -> ChatPromp
     if template is None:
         raise RequestError("this model has no chat template; use /v1/completions", "messages")
     reads_calls, functions = _choice(body, settings, template)
-    if reads_calls in ("required", "named"):
-        raise RequestError('tool_choice: only "auto" and "none" are served', "tool_choice")
     tools = _shown_tools(body) if body.tools else None
     if body.tool_choice == "none" and settings.exclude_tools_when_tool_choice_none:
         tools = None
@@ -98,7 +96,13 @@ def _why_not_auto(settings: ApiSettings, template: ChatTemplate) -> str:
 
 def _shown_tools(body: ChatCompletionRequest) -> list[dict[str, Any]]:
     """As models have seen them in training: strict is the server's business."""
-    return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools]
+    tools = []
+    for tool in body.tools:
+        function = tool.function
+        shown = {"name": function.name, "description": function.description, "parameters": function.parameters}
+        given = {name: value for name, value in shown.items() if value is not None}
+        tools.append({"type": "function", "function": given})
+    return tools
 
 
 def _as_template_has_it(message: Message, template: ChatTemplate) -> dict[str, Any]:

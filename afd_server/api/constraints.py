@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
+from afd_server.api.protocol.chat import ChatCompletionRequest
 from afd_server.api.protocol.generation import GenerationFields
 from afd_server.api.protocol.structure import ResponseFormat, StructuralTag, StructuredOutputs
 from afd_server.errors import RequestError
 from afd_server.text import constraints
+from afd_server.text.constrained_reasoning import after_reasoning
 from afd_server.text.constraints import Schema
+from afd_server.text.message_parser import MessageFormat
 from afd_server.text.tokenizer import Tokenizer
+from afd_server.text.tool_calls.forced_schema import forced_schema
 
 # Compiling as much takes up to about half a second.
 MAX_CONSTRAINT_CHARACTERS = 128 * 1024
@@ -25,6 +30,8 @@ MAX_CONSTRAINT_CHARACTERS = 128 * 1024
 MAX_CONSTRAINT_CHARACTERS_IN_ALL = 4 * 2**20
 # Constraints that are known to be sound, and not compiled again here.
 MAX_SOUND = 1024
+# Between the parts of a call's JSON: models like to go on with white space for ever where they may.
+WHITE_SPACE_OF_CALLS = " ?"
 ANY_OBJECT: Schema = {"type": "object"}
 
 
@@ -41,6 +48,7 @@ class ConstraintCheck:
     """Makes and checks the constraints of one model's requests, on one thread beside the event loop."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._special_tokens = tokenizer.added_special_tokens
         self._vocabulary = constraints.byte_vocabulary(tokenizer)
         self._sound: OrderedDict[str, None] = OrderedDict()
@@ -50,6 +58,37 @@ class ConstraintCheck:
         """What each of the body's choices must follow; None leaves them free. Raises RequestError that names the field."""
         wanted = self._wanted(body.response_format, body.structured_outputs)
         return None if wanted is None else await self.checked(wanted, num_choices)
+
+    async def of_chat(self, body: ChatCompletionRequest, form: MessageFormat) -> str | None:
+        """The same for a chat, where the choice among tools may ask for a form, too. What is thought before it stays free."""
+        constraint = await self.of_body(body, body.n)
+        if form.must_call:
+            if constraint is not None:
+                raise RequestError(
+                    "tool_choice: asks for calls, and another field for another form of output", "tool_choice"
+                )
+            constraint = await self._calls(body, form)
+        return None if constraint is None else after_reasoning(constraint, form, self._tokenizer)
+
+    async def _calls(self, body: ChatCompletionRequest, form: MessageFormat) -> str:
+        try:
+            constraint = _calls(forced_schema(form))
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"tools: {error}", "tools") from error
+        try:
+            return await self.checked(Wanted("tools", lambda: constraint), body.n)
+        except RequestError:
+            if len(constraint) <= MAX_CONSTRAINT_CHARACTERS:
+                await self._check_each(body, {function.name for function in form.functions})
+            raise
+
+    async def _check_each(self, body: ChatCompletionRequest, called: Collection[str]) -> None:
+        """Raises RequestError for the first tool whose schema is wrong by itself."""
+        for at, tool in enumerate(body.tools):
+            schema = tool.function.parameters or {}
+            if tool.function.name in called:
+                wanted = Wanted(f"tools.{at}.function.parameters", partial(_calls, schema), schema)
+                await self.checked(wanted, 1)
 
     async def checked(self, wanted: Wanted, num_choices: int) -> str:
         """The constraint, which has been compiled. Raises RequestError that says what is wrong with it, and where."""
@@ -152,3 +191,10 @@ class ConstraintCheck:
         return Wanted(
             field, lambda: constraints.from_structural_tags(parts, tag.triggers, self._special_tokens)
         )
+
+
+def _calls(schema: Schema) -> str:
+    """Functions get no arguments that they do not know, unless they say that they take them."""
+    return constraints.from_json_schema(
+        schema, whitespace_pattern=WHITE_SPACE_OF_CALLS, additional_properties=False
+    )

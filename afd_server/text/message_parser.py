@@ -40,6 +40,11 @@ class MessageFormat:
         return None if self.reasoning_parser is None else FORMATS[self.reasoning_parser]
 
     @property
+    def must_call(self) -> bool:
+        """Whether the output is nothing but calls."""
+        return self.reads_calls in ("required", "named")
+
+    @property
     def begins_inside(self) -> bool:
         """Whether the output begins with reasoning that is open already."""
         return self.reasoning is not None and self.reasoning.begins_inside(self.prompt_tail)

@@ -14,13 +14,12 @@ from afd_server.text.message_parser import MessageFormat
 MAX_DEPTH = 200  # of a function's schema
 
 
-def forced_schema(form: MessageFormat) -> dict[str, Any] | None:
-    """Of the output, where it must call. Raises ValueError for a function's schema that is too deep."""
-    if form.reads_calls == "required":
-        return _schema_of_calls(form.functions, one_call=form.most_calls == 1)
+def forced_schema(form: MessageFormat) -> dict[str, Any]:
+    """Of the output that must call. Raises ValueError for a function's schema that is too deep."""
+    assert form.must_call
     if form.reads_calls == "named":
         return _arguments(form.functions[0])
-    return None
+    return _schema_of_calls(form.functions, one_call=form.most_calls == 1)
 
 
 def _schema_of_calls(functions: Sequence[Function], *, one_call: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 
 import openai
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from pydantic import BaseModel
 
 from afd_server.text.chat_template import ChatTemplate
@@ -109,6 +110,54 @@ async def test_logprobs_lose_no_token_where_text_is_held_back():
     )
     reported = [entry for chunk in chunks[1:] for entry in chunk["choices"][0]["logprobs"]["content"]]
     assert len(reported) == len(TOKENIZER.encode(CALLS)) + 1
+
+
+def follows(service, text):
+    """Whether the constraint that the worker was given allows this output, and no more after it."""
+    constraint = service.requests[0].sampling.constraint
+    matcher = LLMatcher(LLTokenizer("byte"), constraint)
+    return matcher.try_consume_tokens(list(text.encode())) == len(text.encode()) and matcher.is_accepting()
+
+
+REQUIRED = '[{"name": "get_weather", "parameters": {"city": "Köln"}}, {"name": "now", "parameters": {}}]'
+
+
+@pytest.mark.parametrize("thought", ["", "<think>\nhm\n</think>\n\n"])
+async def test_calls_that_are_required(thought):
+    body = {"tools": [WEATHER, NOW], "tool_choice": "required"}
+    service = ScriptedService(says(thought + REQUIRED))
+    (choice,) = (await create(service, NO_TOOLS, **body)).choices
+    assert follows(service, thought + REQUIRED) and not follows(service, "Hello")
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    calls = choice.message.tool_calls
+    assert [(call.function.name, call.function.arguments) for call in calls] == EXPECTED
+    stream = await create(ScriptedService(says(thought + REQUIRED)), NO_TOOLS, stream=True, **body)
+    deltas = [call async for chunk in stream for call in chunk.choices[0].delta.tool_calls or []]
+    assert [delta.function.name for delta in deltas if delta.id] == ["get_weather", "now"]
+    assert "".join(delta.function.arguments for delta in deltas) == "".join(
+        arguments for _, arguments in EXPECTED
+    )
+    service = ScriptedService(says(REQUIRED))
+    await create(service, parallel_tool_calls=False, **body)
+    assert not follows(service, REQUIRED) and follows(service, '[{"name": "now", "parameters": {}}]')
+
+
+async def test_a_call_of_the_function_that_is_named():
+    body = {"tools": [WEATHER, NOW], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
+    service = ScriptedService(says('{"city": "Köln"}'))
+    (choice,) = (await create(service, NO_TOOLS, **body)).choices
+    assert follows(service, '{"city": "Köln"}') and not follows(service, "{}")
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, call.function.arguments) == EXPECTED[0]
+    assert (choice.finish_reason, choice.message.content) == ("stop", None)
+
+
+async def test_reasoning_before_an_answer_of_a_wanted_form():
+    service = ScriptedService(says('hm</think>{"a": 1}'))
+    body = {"response_format": {"type": "json_object"}, "chat_template_kwargs": {"enable_thinking": True}}
+    message = (await ask(service, **body)).json()["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("hm", '{"a": 1}')
+    assert follows(service, 'hm</think>{"a": 1}') and not follows(service, '{"a": 1}')
 
 
 class GetWeather(BaseModel):
@@ -237,6 +286,7 @@ async def test_the_effort_of_reasoning_is_the_templates_own():
     assert prompt_of(service) == "Hello medium"
 
 
+BROKEN = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "text"}}}}}
 NO_TOOLS = {"chat_template": ChatTemplate("{{ messages[0].content }}"), "tool_call_parser": None}
 
 
@@ -251,7 +301,9 @@ NO_TOOLS = {"chat_template": ChatTemplate("{{ messages[0].content }}"), "tool_ca
         ("tools.1.function.extra", {}, {"tools": [NOW, {"type": "function", "function": {"name": "f", "extra": 1}}]}),
         ("tool_choice", {}, {"tool_choice": "required"}),
         ("tool_choice", {}, {"tools": [NOW], "tool_choice": "any"}),
-        ("tool_choice", {}, {"tools": [NOW], "tool_choice": "required"}),
+        ("tool_choice", {}, {"tools": [NOW], "tool_choice": "required", "response_format": {"type": "json_object"}}),
+        ("tools.1.function.parameters", {}, {"tools": [NOW, BROKEN], "tool_choice": "required"}),
+        ("tools.1.function.parameters", {}, {"tools": [NOW, BROKEN], "tool_choice": {"type": "function", "function": {"name": "f"}}}),
         ("tool_choice", {}, {"tools": [NOW], "tool_choice": {"type": "allowed_tools"}}),
         ("tool_choice", {}, {"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "later"}}}),
         ("reasoning_effort", {}, {"reasoning_effort": "much"}),
@@ -260,6 +312,8 @@ NO_TOOLS = {"chat_template": ChatTemplate("{{ messages[0].content }}"), "tool_ca
         ("messages.0.tool_call_id", {}, {"messages": [{"role": "tool", "content": "a"}]}),
         ("messages.0.tool_call_id", {}, {"messages": [{"role": "user", "content": "a", "tool_call_id": "1"}]}),
         ("messages.0.content", {}, {"messages": [{"role": "assistant", "content": None}]}),
+        ("tools", {}, {"tools": [NOW] * 1025}),
+        ("messages.0.tool_calls", {}, {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f"}}] * 1025}]}),
         ("messages.0.tool_calls", {}, {"messages": [{"role": "user", "content": "a", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}]}),
     ],
 )  # fmt: skip
@@ -267,6 +321,17 @@ async def test_refused_by_name(field, settings, body):
     response = await ask(ScriptedService(says("a")), settings, **body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize("levels", [100, 300, 900])
+async def test_a_schema_of_many_levels_is_no_failure(levels, choice):
+    deep = {}
+    for _ in range(levels):
+        deep = {"items": deep}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": deep}}}}
+    response = await ask(ScriptedService(says("a")), tools=[tool], tool_choice=choice)
+    assert response.status_code in (200, 400), response.text
 
 
 async def test_a_refusal_says_what_would_do():

@@ -66,10 +66,6 @@ def test_a_named_call():
     assert not follows("[]", (Function("now"),), reads_calls="named")
 
 
-def test_nothing_is_forced_where_the_model_may_choose():
-    assert forced_schema(MessageFormat(functions=FUNCTIONS, reads_calls="auto")) is None
-
-
 def test_a_schema_that_is_too_deep():
     deep = {}
     for _ in range(500):
