@@ -25,8 +25,8 @@ LIMITS = LLParserLimits(
     max_grammar_size=500_000,
     verbose_errors=False,
 )
-# Schemas that are compiled one by one to find the one that is wrong.
-MAX_SEARCHED_SCHEMAS = 500
+# Schemas are compiled one by one to find the one that is wrong, as long as they are no longer together.
+MAX_SEARCHED_CHARACTERS = 2**19
 # Where a schema holds others: by name, in a list, or one alone.
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 IN_LIST = ("anyOf", "allOf", "oneOf", "prefixItems")
@@ -109,28 +109,29 @@ def error_of(matcher: LLMatcher) -> str:
 
 def place_of_problem(schema: Schema, message: str, vocabulary: LLTokenizer) -> list[str]:
     """The path to the innermost schema in which compiling ends with this message; [] when only the whole does."""
-    searched = 0
+    num_characters = 0
     place: list[str] = []
     shared = {} if isinstance(schema, bool) else {name: schema[name] for name in ("$defs", "definitions") if name in schema}  # fmt: skip
     found: Schema | None = schema
     while found is not None and not isinstance(found, bool):
         outer, found = found, None
         for path, inner in _inner(outer):
-            searched += 1
-            if searched > MAX_SEARCHED_SCHEMAS:
+            constraint = _alone(inner, shared)
+            num_characters += len(constraint)
+            if num_characters > MAX_SEARCHED_CHARACTERS:
                 return place
-            alone = inner if isinstance(inner, bool) else {**shared, **inner}
-            if _problem_of(alone, vocabulary) == message:
+            if problem(constraint, vocabulary) == message:
                 place, found = [*place, *path], inner
                 break
     return place
 
 
-def _problem_of(schema: Schema, vocabulary: LLTokenizer) -> str:
+def _alone(schema: Schema, shared: Mapping[str, Any]) -> str:
+    """The constraint of a schema that is a part of another one; "" where it is none."""
     try:
-        return problem(from_json_schema(schema), vocabulary)
-    except ValueError as error:
-        return str(error)
+        return from_json_schema(schema if isinstance(schema, bool) else {**shared, **schema})
+    except ValueError:
+        return ""
 
 
 def _inner(schema: Mapping[str, Any]) -> Iterator[tuple[list[str], Schema]]:

@@ -184,3 +184,10 @@ async def test_half_a_surrogate_pair_is_refused(kind):
         )
     assert response.status_code == 400
     assert response.json()["error"]["param"] == f"structured_outputs.{kind}"
+
+
+async def test_the_place_of_a_mistake_is_not_searched_for_ever(monkeypatch):
+    monkeypatch.setattr(made, "MAX_SEARCHED_CHARACTERS", 10)
+    response = await post(ScriptedService(says("a")), prompt="hi", response_format=named(inside({"type": "x"})))
+    message = response.json()["error"]["message"]
+    assert message == "response_format.json_schema.schema: Invalid type: x"
