@@ -40,15 +40,18 @@ class MessagesAnswer:
                 "type": "message_start",
                 "message": {**self._head, "content": [], **self._stop, "usage": self._counts()},
             }
-        changes = list(self._parts.take(self._parser.feed(piece.text)))
-        if piece.finish_reason is not None:
-            changes += [*self._parts.take(self._parser.finish()), *self._parts.end()]
-        for change in changes:
+        for change in self._changes(piece):  # one at a time: an event shows the part as it is then
             yield _event(change)
         if piece.finish_reason is not None:
             self._stop = _stop(piece, self._parts.has_calls)
             yield {"type": "message_delta", "delta": self._stop, "usage": self._counts()}
             yield {"type": "message_stop"}
+
+    def _changes(self, piece: Piece) -> Iterator[Change]:
+        yield from self._parts.take(self._parser.feed(piece.text))
+        if piece.finish_reason is not None:
+            yield from self._parts.take(self._parser.finish())
+            yield from self._parts.end()
 
     def failure(self, error: Exception) -> dict[str, Any]:
         return anthropic_error(error)[1]

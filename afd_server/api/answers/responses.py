@@ -75,20 +75,23 @@ class ResponsesAnswer:
             self._has_begun = True
             for name in ("created", "in_progress"):
                 yield self._event(f"response.{name}", response=self.whole())
-        delta = self._parser.feed(piece.text)
-        if delta.reasoning and not (delta.content or delta.calls):
-            self._reasoning_tokens += len(piece.token_ids)
-        changes = list(self._parts.take(delta))
-        if piece.finish_reason is not None:
-            changes += [*self._parts.take(self._parser.finish()), *self._parts.end()]
         logprobs = self._entries(piece) if wants_logprobs(self._body) else []
-        for change in changes:
+        for change in self._changes(piece):  # one at a time: an event shows the part as it is then
             if change.turn is Turn.GROWS and change.part.kind == "text":
                 self._logprobs.setdefault(change.part.index, []).extend(logprobs)
             yield from self._events(change, logprobs)
         if piece.finish_reason is not None:
             self._status = "incomplete" if piece.finish_reason == FinishReason.LENGTH else "completed"
             yield self._event(f"response.{self._status}", response=self.whole())
+
+    def _changes(self, piece: Piece) -> Iterator[Change]:
+        delta = self._parser.feed(piece.text)
+        if delta.reasoning and not (delta.content or delta.calls):
+            self._reasoning_tokens += len(piece.token_ids)
+        yield from self._parts.take(delta)
+        if piece.finish_reason is not None:
+            yield from self._parts.take(self._parser.finish())
+            yield from self._parts.end()
 
     def failure(self, error: Exception) -> dict[str, Any]:
         told = describe(error)[1]["error"]

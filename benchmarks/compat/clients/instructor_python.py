@@ -18,7 +18,7 @@ class City(BaseModel):
 def tools():
     client = instructor.from_openai(openai_client, mode=instructor.Mode.TOOLS)
     return client.chat.completions.create(
-        model=MODEL, messages=MESSAGES, response_model=City, max_tokens=200, max_retries=0
+        model=MODEL, messages=MESSAGES, response_model=City, max_tokens=200, temperature=0, max_retries=0
     )
 
 
@@ -26,5 +26,5 @@ def tools():
 def json_schema():
     client = instructor.from_openai(openai_client, mode=instructor.Mode.JSON_SCHEMA)
     return client.chat.completions.create(
-        model=MODEL, messages=MESSAGES, response_model=City, max_tokens=200, max_retries=0
+        model=MODEL, messages=MESSAGES, response_model=City, max_tokens=200, temperature=0, max_retries=0
     )

@@ -35,6 +35,15 @@ async def test_a_message_is_answered():
     assert answer.id.startswith("msg_")
 
 
+async def test_a_text_is_streamed_from_its_first_letter_on():
+    client = anthropic_client(ScriptedService(says("Hello")))
+    async with client.messages.stream(model="tiny", max_tokens=9, messages=MESSAGES) as stream:
+        streamed = [text async for text in stream.text_stream]
+        final = await stream.get_final_message()
+    assert streamed == list("Hello")
+    assert final.content[0].text == "Hello"
+
+
 @pytest.mark.parametrize(
     ("script", "asked", "reason", "sequence"),
     [

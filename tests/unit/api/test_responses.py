@@ -60,6 +60,8 @@ async def test_the_stream_ends_in_the_whole_answer():
     assert all(data["type"] == name for name, data in streamed)
     deltas = [data["delta"] for name, data in streamed if name == "response.output_text.delta"]
     assert "".join(deltas) == "Hello"
+    (begun,) = [data["part"] for name, data in streamed if name == "response.content_part.added"]
+    assert begun["text"] == ""
     last = streamed[-1][1]["response"]
     assert last["output"][0]["content"] == whole["output"][0]["content"]
     assert last["usage"] == whole["usage"]
