@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import anthropic
 import httpx
 import jsonschema
 import openai
@@ -138,12 +139,25 @@ def test_n_choices_and_a_seed(client):
     assert ask() == first
 
 
+def test_anthropics_client_is_answered(server):
+    client = anthropic.Anthropic(base_url=server.url, api_key="unused", timeout=120, max_retries=0)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with client.messages.stream(
+        model="smol", max_tokens=24, messages=question, extra_body={"temperature": 0}
+    ) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert "Paris" in text
+    assert (final.content[0].text, final.stop_reason) == (text, "end_turn")
+
+
 # Program -> what it prints, of many words. Those with a server find it by their environment.
 EXAMPLES = {
     "chat.py": r"Paris\.\n\d+ tokens in, \d+ tokens out\n\w+",
     "curl.sh": r'"id":"smol".*Paris.*"text":" four".*data: \[DONE\]',
     "batch.py": r"(0\.\d\d a token: The capital of France is'.*'\n){2}(0\.\d\d a token: Water freezes at.*\n){2}",
     "structured.py": r"\{'name': '.*', 'country': '.*', 'is_capital': (True|False)\}\n(positive|negative)\n",
+    "tools.py": r"get_weather \w+.*\n.*\w+",
     "offline.py": r"The capital of France is Paris.*\nThe opposite of hot is cold",
     "plan.py": r"(\d+ attention and \d+ FFN workers: \d+ tokens/s a card.*\n)+start the first with: afd serve",
 }
