@@ -176,8 +176,8 @@ def forbidden(bitmasks: Sequence[Bitmask], vocab_size: int, device: torch.device
     """[R, V] bool: the tokens whose bit is 0."""
     bitmask_RW = np.stack(bitmasks)
     if device.type == "cpu":
-        bits_RV = np.unpackbits(bitmask_RW.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
-        return torch.from_numpy(bits_RV) == 0
+        bits_RV = np.unpackbits((~bitmask_RW).view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+        return torch.from_numpy(bits_RV).view(torch.bool)
     return forbidden_on_device(torch.from_numpy(bitmask_RW.view(np.int32)).to(device), vocab_size)
 
 

@@ -164,6 +164,8 @@ class _Rows:
     def draw_above(self, bound_N1: Tensor, pending_P: Tensor, tokens_N: Tensor) -> Tensor:
         """Draws for the pending rows from the tokens not below the bound, into tokens_N. Gives the rows, ascending like
         the pending ones, for which that was not enough."""
+        # Tokens that are forbidden, mostly nearly all of them or none, are no candidates below any bound.
+        bound_N1 = bound_N1.clamp(min=torch.finfo(bound_N1.dtype).min)
         line_M, block_M = (self.peak_NB[pending_P] >= bound_N1[pending_P]).nonzero(as_tuple=True)
         row_M = pending_P[line_M]
         touched_F, place_F = (self.logits_NBW[row_M, block_M] >= bound_N1[row_M]).nonzero(as_tuple=True)

@@ -156,23 +156,26 @@ class Sampler:
                 # The other rules leave nothing of what is allowed: they yield.
                 logits_NV[row].masked_fill_(~state.forbidden_V, 0.0)
         rows = [row for row, state in enumerate(states) if state.constrained and not state.constrained.error]
-        if rows:
-            if not shaped:
-                logits_NV = logits_NV.clone()
-            self._bind(states, rows, logits_NV, given_NV)
-        return logits_NV
+        return self._bound(states, rows, logits_NV, given_NV) if rows else logits_NV
 
-    def _bind(
+    def _bound(
         self, states: Sequence[SamplingState], rows: list[int], logits_NV: Tensor, given_NV: Tensor
-    ) -> None:
-        """Leaves these rows what their constraints allow; where the other rules leave nothing of it, of the given logits."""
+    ) -> Tensor:
+        """Logits in which these rows have only what their constraints allow; where the other rules leave nothing of it, of
+        the given ones."""
         bitmasks = [bound.bitmask_W for row in rows if (bound := states[row].constrained)]
         forbidden_RV = forbidden(bitmasks, self._vocab_size, logits_NV.device)
-        bound_RV = logits_NV[rows].masked_fill(forbidden_RV, -torch.inf)
-        stuck_R = bound_RV.amax(dim=-1) == -torch.inf
-        if bool(stuck_R.any()):
-            bound_RV[stuck_R] = given_NV[rows][stuck_R].masked_fill(forbidden_RV[stuck_R], -torch.inf)
+        is_all = len(rows) == len(states)
+        bound_RV = (logits_NV if is_all else logits_NV[rows]).masked_fill(forbidden_RV, -torch.inf)
+        if logits_NV is not given_NV:
+            stuck_R = bound_RV.amax(dim=-1) == -torch.inf
+            if bool(stuck_R.any()):
+                bound_RV[stuck_R] = given_NV[rows][stuck_R].masked_fill(forbidden_RV[stuck_R], -torch.inf)
+        if is_all:
+            return bound_RV
+        logits_NV = logits_NV.clone() if logits_NV is given_NV else logits_NV
         logits_NV[rows] = bound_RV
+        return logits_NV
 
     def _choose(self, states: list[SamplingState], logits_NV: Tensor) -> list[int]:
         """The token of each row: the likeliest, or where the temperature asks for it a drawn one."""
