@@ -6,6 +6,7 @@ no /docs and /redoc: FastAPI's need scripts from elsewhere.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,9 @@ def add_document(app: FastAPI, needs_key: bool) -> None:
 
 
 def complete(app: FastAPI, needs_key: bool) -> dict[str, Any]:
-    document = get_openapi(title=app.title, version=app.version, routes=app.routes, servers=app.servers)
+    with warnings.catch_warnings():  # of two methods with one name: they get names below
+        warnings.simplefilter("ignore", UserWarning)
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes, servers=app.servers)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)

@@ -80,7 +80,11 @@ def _with_null(schema: dict[str, Any]) -> None:
     """Of a body's JSON schema: null stands for the default of every field that has one."""
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
-        if name in required or "enum" in field or field.keys() <= {"title", "description", "default"}:
+        if (
+            name in required
+            or None in field.get("enum", ())
+            or field.keys() <= {"title", "description", "default"}
+        ):
             continue
         kinds = field.pop("anyOf", None)
         if kinds is None:

@@ -17,8 +17,7 @@ def add_operator_routes(
 ) -> None:
     # What keeps containers alive asks for /ping, with GET or POST.
     @app.get("/health", response_model=None)
-    @app.get("/ping", response_model=None)
-    @app.post("/ping", response_model=None)
+    @app.api_route("/ping", methods=["GET", "POST"], response_model=None)
     async def health() -> Response:
         problems = service.health()
         if service.is_serving():

@@ -94,6 +94,12 @@ async def test_load_counts_requests_until_they_are_answered():
         assert (await client.get("/load")).json() == {"server_load": 0}
 
 
+async def test_what_may_be_done_with_ping_is_told_whole():
+    async with client_for(ScriptedService()) as client:
+        response = await client.delete("/ping")
+    assert (response.status_code, set(response.headers["allow"].split(", "))) == (405, {"GET", "POST"})
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_ping_is_health_by_another_name(method):
     service = ScriptedService()
