@@ -144,6 +144,7 @@ class Clock:
             self._last - self._first,
             self._num_tokens,
             ttft_s=self._first - self._started,
+            prefill_s=self._prefill_s,
         )
         if self._record is not None:
             self._record(self._request, self._times(now), reason, self._num_tokens)

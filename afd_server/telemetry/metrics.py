@@ -143,9 +143,16 @@ class Metrics:
         self._resubmitted.labels(model_name=self._model_name, engine=replica).inc(num_requests)
 
     def observe_finish(
-        self, reason: str, total_s: float, decode_s: float, num_tokens: int, ttft_s: float = 0.0
+        self,
+        reason: str,
+        total_s: float,
+        decode_s: float,
+        num_tokens: int,
+        ttft_s: float = 0.0,
+        prefill_s: float = 0.0,
     ) -> None:
-        """A request ended. reason: stop, length, abort, error or refused. decode_s: from its first to its last token."""
+        """A request ended. reason: stop, length, abort, error or refused. decode_s: from its first to its last token. prefill_s: from
+        its first step to its first token."""
         self._request_success.labels(model_name=self._model_name, finished_reason=reason).inc()
         if reason in ("abort", "error", REFUSED):
             return  # their times tell of the client or of the failure, not of the server's pace
@@ -156,6 +163,9 @@ class Metrics:
         if self.listener is not None:
             self.listener.finished(time_per_output_token_s)
         if num_tokens:  # nothing is promised about reading a prompt alone
+            self._queue_time.observe(max(0.0, ttft_s - prefill_s))
+            self._prefill_time.observe(prefill_s)
+            self._decode_time.observe(decode_s)
             self._observe_promises({"ttft": ttft_s, "tpot": decode_s / max(1, num_tokens - 1)}, num_tokens)
 
     def _observe_promises(self, taken_s: dict[str, float], num_tokens: int) -> None:
@@ -178,7 +188,7 @@ class Metrics:
 
     def observe_queue_time(self, seconds: float) -> None:
         """A request was handed to a replica, so long after it came."""
-        self._queue_time.observe(seconds)
+        self._admission_time.observe(seconds)
 
     def set_queue_length(self, length: int) -> None:
         self.queue_length = length
@@ -246,9 +256,18 @@ class Metrics:
             "inter_token_latency_seconds", "Between two successive outputs of a request.", TOKEN_BUCKETS_S
         )
         self._time_per_output_token = self._histogram(
-            "time_per_output_token_seconds",
+            "request_time_per_output_token_seconds",
             "Mean time per token of a request after its first.",
             TOKEN_BUCKETS_S,
+        )
+        self._queue_time = self._histogram(
+            "request_queue_time_seconds", "From a request's arrival to its first step.", TTFT_BUCKETS_S
+        )
+        self._prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From a request's first step to its first token.", TTFT_BUCKETS_S
+        )
+        self._decode_time = self._histogram(
+            "request_decode_time_seconds", "From a request's first token to its last.", REQUEST_BUCKETS_S
         )
         self._e2e_request_latency = self._histogram(
             "e2e_request_latency_seconds", "From a request's arrival to its last token.", REQUEST_BUCKETS_S
@@ -275,8 +294,8 @@ class Metrics:
             "afd:num_requests_queued", "Requests that wait for admission.", ["model_name"],
             registry=self._registry,
         ).labels(self._model_name)  # fmt: skip
-        self._queue_time = self._histogram(
-            "request_queue_time_seconds",
+        self._admission_time = self._histogram(
+            "request_admission_time_seconds",
             "From a request's arrival to its admission to a replica.",
             TTFT_BUCKETS_S,
         )

@@ -58,7 +58,7 @@ async def test_more_than_can_run_is_refused_with_a_reason_and_the_rest_is_served
         assert "no more than 2 may wait" in error["message"]
         assert "the first token would come after" in error["message"].lower()
     assert server.metric("afd:requests_refused_total", reason="queue_full") == len(refused)
-    assert server.metric("afd:request_queue_time_seconds_count") == len(served)
+    assert server.metric("afd:request_admission_time_seconds_count") == len(served)
     assert server.metric("afd:sla_requests_total", sla="tpot", outcome="missed") == len(served)
     assert server.metric("afd:goodput_requests_total") == 0
     assert server.metric("afd:step_prediction_error_count") > 0

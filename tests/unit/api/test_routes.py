@@ -160,7 +160,7 @@ async def test_metrics_of_requests():
         'afd:request_success_total{finished_reason="error",model_name="tiny"} 2.0',
         'afd:time_to_first_token_seconds_count{model_name="tiny"} 2.0',
         'afd:inter_token_latency_seconds_count{model_name="tiny"} 4.0',
-        'afd:time_per_output_token_seconds_count{model_name="tiny"} 2.0',
+        'afd:request_time_per_output_token_seconds_count{model_name="tiny"} 2.0',
         'afd:e2e_request_latency_seconds_count{model_name="tiny"} 2.0',
     ):
         assert line in text

@@ -81,7 +81,10 @@ async def test_who_finds_room_starts_at_once():
     fleet = Fleet(IDLE)
     admission.enter(a_stream("a"), fleet)
     assert fleet.placed == ["a"]
-    assert (value(metrics, "requests_queued_total"), value(metrics, "request_queue_time_seconds_count")) == (
+    assert (
+        value(metrics, "requests_queued_total"),
+        value(metrics, "request_admission_time_seconds_count"),
+    ) == (
         0,
         1,
     )
@@ -97,7 +100,7 @@ async def test_who_does_not_waits_in_order_and_the_wait_is_measured():
     assert value(metrics, "num_requests_queued") == 3
     clock.now = 2.0
     assert drain(admission, fleet) == ["a", "b", "c"]
-    assert value(metrics, "request_queue_time_seconds_sum") == 6.0
+    assert value(metrics, "request_admission_time_seconds_sum") == 6.0
     assert (value(metrics, "requests_queued_total"), value(metrics, "num_requests_queued")) == (3, 0)
 
 

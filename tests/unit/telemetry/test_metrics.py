@@ -89,13 +89,15 @@ def test_the_life_of_a_request():
     metrics.observe_prompt(5)
     metrics.observe_tokens(1, 0.25, first=True)
     metrics.observe_tokens(2, 0.5, first=False)
-    metrics.observe_finish("stop", total_s=0.75, decode_s=0.5, num_tokens=3)
+    metrics.observe_finish("stop", total_s=0.75, decode_s=0.5, num_tokens=3, ttft_s=0.25, prefill_s=0.125)
     assert value(metrics, "prompt_tokens_total") == 5
     assert value(metrics, "generation_tokens_total") == 3
     assert value(metrics, "time_to_first_token_seconds_sum") == 0.25
     assert value(metrics, "inter_token_latency_seconds_sum") == 0.5
-    assert value(metrics, "time_per_output_token_seconds_sum") == 0.25
+    assert value(metrics, "request_time_per_output_token_seconds_sum") == 0.25
     assert value(metrics, "e2e_request_latency_seconds_sum") == 0.75
+    parts_s = [value(metrics, f"request_{part}_time_seconds_sum") for part in ("queue", "prefill", "decode")]
+    assert parts_s == [0.125, 0.125, 0.5]
     assert value(metrics, "request_success_total", finished_reason="stop") == 1
 
 
@@ -104,7 +106,7 @@ def test_requests_that_were_cut_off_say_nothing_about_speed():
     metrics.observe_finish("abort", total_s=9, decode_s=8, num_tokens=3)
     assert value(metrics, "request_success_total", finished_reason="abort") == 1
     assert value(metrics, "e2e_request_latency_seconds_count") == 0
-    assert value(metrics, "time_per_output_token_seconds_count") == 0
+    assert value(metrics, "request_time_per_output_token_seconds_count") == 0
 
 
 def test_servers_of_one_process_do_not_share_metrics():
@@ -159,6 +161,6 @@ def test_what_admission_did():
     metrics.observe_refusal("queue_full")
     assert value(metrics, "requests_queued_total") == 1
     assert value(metrics, "num_requests_queued") == 3
-    assert value(metrics, "request_queue_time_seconds_sum") == 0.5
+    assert value(metrics, "request_admission_time_seconds_sum") == 0.5
     assert value(metrics, "requests_refused_total", reason="queue_full") == 1
     assert value(metrics, "requests_refused_total", reason="ttft_deadline") == 0
