@@ -2,7 +2,7 @@
 #
 #   make serve       the default model, 1 attention and 1 FFN worker, on http://127.0.0.1:8000
 #   make serve-moe   the same model as a mixture of 8 experts, 1 attention and 2 FFN workers
-#   make test        lint, types and tests
+#   make test        lint, types and tests; make unit, make integration: one half of the tests
 #   make docs        the site of docs/, into build/site
 #   make chaos       workers and front-end killed under load for MINUTES=30, and a table of what came of it
 #   ARGS="--port 9000 --micro-batches 2" make serve      any flag of `afd serve`
@@ -14,7 +14,7 @@ AFD := $(VENV)/bin/afd
 ARGS ?=
 MINUTES ?= 30
 
-.PHONY: setup serve serve-moe test lint docs chaos format clean browser
+.PHONY: setup serve serve-moe test unit integration lint docs chaos format clean browser
 
 setup: $(VENV)/.ready
 
@@ -51,8 +51,15 @@ browser:
 	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
 	    echo "chromium cannot be installed"
 
+# Unit tests and tests of real servers side by side: the latter mostly wait.
 test: lint browser
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line unit integration
+
+unit: $(VENV)/.ready-dev
+	$(VENV)/bin/python -m pytest tests/unit tests/test_architecture.py
+
+integration: $(VENV)/.ready-dev browser
+	$(VENV)/bin/python -m pytest tests/integration tests/chaos
 
 docs: $(VENV)/.ready-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
