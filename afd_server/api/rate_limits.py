@@ -1,7 +1,7 @@
 """How much of the server a key may use within any minute, by the library `limits`: a moving window in this process's memory.
 
 What lives here: counting and the refusals. What does not: which key it is (keys.py) and who asks (gate.py for requests,
-app.py for tokens). A request counts when it comes, a prompt's tokens when it is admitted, output tokens as they are
+respond.py for tokens). A request counts when it comes, a prompt's tokens when it is admitted, output tokens as they are
 generated. So what runs is never cut off: a key that has gone beyond its tokens waits until enough of them are a minute old.
 """
 

@@ -45,6 +45,7 @@ class LayerPace:
 
     role: str
     layer: int
+    batches: int
     mean_s: float
     slowness: float
 
@@ -219,22 +220,23 @@ def _layer_paces(
         if worker.role == role:
             for layer, total in enumerate(worker.layers):
                 sums.setdefault(layer, []).append(total)
+    batches = {layer: sum(each.batches for each in parts) for layer, parts in sums.items()}
     means = {
-        layer: sum(each.seconds for each in parts) / batches
+        layer: sum(each.seconds for each in parts) / batches[layer]
         for layer, parts in sums.items()
-        if (batches := sum(each.batches for each in parts))
+        if batches[layer]
     }
     for layer, mean_s in means.items():
         like_it = [other_s for other, other_s in means.items() if (other in tokens) == (layer in tokens)]
         usual_s = median(like_it)
-        yield LayerPace(role, layer, mean_s, mean_s / usual_s if usual_s > 0 else 1.0)
+        yield LayerPace(role, layer, batches[layer], mean_s, mean_s / usual_s if usual_s > 0 else 1.0)
 
 
 def _slow_layers(layers: Sequence[LayerPace]) -> Iterable[str]:
     for each in layers:
         if each.layer == 0:
             continue  # the embedding is in its time, and the caches hold other things when it begins
-        if each.slowness >= SLOW_LAYER:
+        if each.slowness >= SLOW_LAYER and each.batches >= MIN_BATCHES:
             yield (
                 f"layer {each.layer} is slow in the {each.role} workers: {_ms(each.mean_s)} a batch, "
                 f"{each.slowness:.1f} times the median of the layers like it"
@@ -275,10 +277,15 @@ def _hot_experts(loads: Sequence[ExpertLoad], tokens: dict[int, tuple[int, ...]]
 
 
 def _was_loaded_again(now: WorkerTotals, before: WorkerTotals) -> bool:
-    return len(now.layers) != len(before.layers) or any(
+    return _shape(now) != _shape(before) or any(
         new.batches < old.batches or new.rows < old.rows or new.seconds < old.seconds
         for new, old in zip(now.layers, before.layers, strict=True)
     )
+
+
+def _shape(totals: WorkerTotals) -> tuple[int, int, list[int]]:
+    """Another one, and it is another shard."""
+    return len(totals.layers), totals.first_expert, [len(each) for each in totals.expert_tokens]
 
 
 def _wait_since(now: WaitTotal, before: WaitTotal) -> WaitTotal:

@@ -166,6 +166,18 @@ def test_an_answer_streams_and_can_be_stopped(server, open_page):
     expect(page.locator(".message")).to_have_count(0)
 
 
+def test_a_new_chat_has_nothing_of_the_answer_that_it_cuts_off(open_page):
+    page = open_page()
+    set_sampling(page, Temperature=0)
+    say(page, "Tell me a long story")
+    expect(page.locator(".message.assistant .text")).not_to_be_empty()
+    page.get_by_role("button", name="New chat").click()
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        say(page, "Hello")
+    assert [message["role"] for message in sent.value.post_data_json["messages"]] == ["user"]
+
+
 def test_the_curl_command_asks_what_the_page_asks(server, open_page):
     page = open_page()
     set_sampling(page, Temperature=0, Max_tokens=5)

@@ -20,7 +20,7 @@ class MessagesAnswer:
 
     def __init__(self, job: Job, model: str) -> None:
         self._usage, self._parser = Usage(job), job.message_format.parser()
-        number = job.response_id.rpartition("-")[2]
+        number = job.response_id.removeprefix("chatcmpl-")
         self._head = {"id": f"msg_{number}", "type": "message", "role": "assistant", "model": model}
         self._parts = Parts()
         self._has_begun = False

@@ -26,13 +26,14 @@ class ResponsesAnswer:
 
     def __init__(self, body: ResponsesRequest, job: Job, model: str, tokenizer: Tokenizer) -> None:
         self._body, self._tokenizer, self._parser = body, tokenizer, job.message_format.parser()
-        self._number = job.response_id.rpartition("-")[2]
+        self._number = job.response_id.removeprefix("chatcmpl-")
         self._id = f"resp_{self._number}"
         self._created, self._model = job.created, model
         self._usage = Usage(job)
         self._reasoning_tokens = 0
         self._parts = Parts()
         self._logprobs: dict[int, list[dict[str, Any]]] = {}  # by part
+        self._not_told: list[dict[str, Any]] = []  # of tokens whose text is held back
         self._numbers = itertools.count()
         self._has_begun = False
         self._status = "in_progress"
@@ -75,10 +76,14 @@ class ResponsesAnswer:
             self._has_begun = True
             for name in ("created", "in_progress"):
                 yield self._event(f"response.{name}", response=self.whole())
-        logprobs = self._entries(piece) if wants_logprobs(self._body) else []
+        if wants_logprobs(self._body):
+            self._not_told += self._entries(piece)
         for change in self._changes(piece):  # one at a time: an event shows the part as it is then
-            if change.turn is Turn.GROWS and change.part.kind == "text":
-                self._logprobs.setdefault(change.part.index, []).extend(logprobs)
+            logprobs: list[dict[str, Any]] = []
+            if change.turn is Turn.GROWS:  # tokens are told of with the text that they end in
+                logprobs, self._not_told = self._not_told, []
+                if change.part.kind == "text":
+                    self._logprobs.setdefault(change.part.index, []).extend(logprobs)
             yield from self._events(change, logprobs)
         if piece.finish_reason is not None:
             self._status = "incomplete" if piece.finish_reason == FinishReason.LENGTH else "completed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -84,11 +85,28 @@ def _read_string(text: GrowingText) -> Steps[str | None]:
 
 
 def loads(text: str | None) -> Any:
-    """None for what is no JSON."""
+    """None for what is no JSON, has numbers beyond what JSON's readers hold, or is too deep."""
     try:
-        return None if text is None else json.loads(text)
-    except ValueError:
+        return None if text is None else json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError):
         return None
+
+
+def _finite(text: str) -> float:
+    """json reads NaN, Infinity and 1e999, and would write the first two, which no other reader takes."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def written(value: Any) -> str:
+    """As JSON. Half of a surrogate pair, which no UTF-8 has, stays the escape that it was."""
+    return _escaped(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _escaped(json_text: str) -> str:
+    return json_text.encode(errors="backslashreplace").decode()
 
 
 def read_call_object(
@@ -127,7 +145,7 @@ def read_call_object(
             return
         if key == "name":
             name = loads(value)
-            if not isinstance(name, str) or not is_name(name):
+            if not isinstance(name, str) or not name.isprintable() or not is_name(name):
                 return
         elif is_arguments:
             arguments = _arguments(value)
@@ -164,5 +182,5 @@ def _arguments(value: str) -> str | None:
         return value
     parsed = loads(value)
     if isinstance(parsed, str) and isinstance(loads(parsed), dict):
-        return parsed
+        return _escaped(parsed)
     return "{}" if value == "null" else None

@@ -7,13 +7,12 @@ of the request. Source: Meta's model cards and prompt formats of Llama 3.1, 3.2 
 from __future__ import annotations
 
 import ast
-import json
 import re
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from afd_server.text.growing_text import Steps
-from afd_server.text.tool_calls.json_text import read_call_object
+from afd_server.text.tool_calls.json_text import read_call_object, written
 from afd_server.text.tool_calls.parser import MAX_NAME, ToolCallParser
 
 MAX_CALL = 100_000  # characters of a Python call, which is parsed at once
@@ -87,7 +86,7 @@ class PythonicParser(_LlamaParser):
         arguments = None if inner is None else _arguments(inner)
         if arguments is not None:
             self._begin(name)
-            self._argue(json.dumps(arguments, ensure_ascii=False))
+            self._argue(arguments)
 
     def _read_to_parenthesis(self) -> Steps[str | None]:
         """What stands before the parenthesis that closes the call, with it."""
@@ -117,17 +116,15 @@ class PythonicParser(_LlamaParser):
             yield
 
 
-def _arguments(inner: str) -> dict[str, Any] | None:
-    """Of `key=value, ...` with literals of Python for values; None for anything else."""
+def _arguments(inner: str) -> str | None:
+    """The JSON of `key=value, ...` with literals of Python for values; None for anything else."""
     try:
         call = _Words().visit(ast.parse(f"f({inner})", mode="eval")).body
         if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
             return None
-        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        json.dumps(values)
+        return written({str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords})
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    return values
 
 
 class _Words(ast.NodeTransformer):

@@ -6,12 +6,11 @@ stepfun-ai/step3 and of Qwen/Qwen3-Coder-30B-A3B-Instruct.
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from typing import Any, ClassVar
 
 from afd_server.text.growing_text import Steps, undecided
-from afd_server.text.tool_calls.json_text import loads
+from afd_server.text.tool_calls.json_text import loads, written
 from afd_server.text.tool_calls.parser import MAX_NAME, MarkedParser
 
 MAX_KINDS = 64  # alternatives that are looked at in a schema
@@ -47,12 +46,12 @@ class _XmlParser(MarkedParser):
             parameter = yield from text.before(self.parameter[1], MAX_NAME)
             if parameter is None:
                 break
-            self._argue(f"{separator}{_written(parameter)}: ")
+            self._argue(f"{separator}{written(parameter)}: ")
             value, complete = yield from self._read_value()
             if not complete:  # nor are the arguments: they show it by being no JSON
-                self._argue(_written(value)[:-1])
+                self._argue(written(value)[:-1])
                 return
-            self._argue(_written(self._typed(name, parameter, self._value(value))))
+            self._argue(written(self._typed(name, parameter, self._value(value))))
             separator = ", "
             yield from text.space()
         if text.unread:
@@ -93,10 +92,6 @@ class _XmlParser(MarkedParser):
         if isinstance(parsed, wanted) and not isinstance(parsed, bool):
             return parsed
         return value
-
-
-def _written(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 KINDS: dict[str, Any] = {"integer": int, "number": int | float, "object": dict, "array": list}

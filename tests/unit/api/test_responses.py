@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from afd_server.types import FinishReason
-from tests.unit.api.scripted_service import TOKENIZER, ScriptedService, openai_client, post, says
+from tests.unit.api.scripted_service import TOKENIZER, ScriptedService, client_for, openai_client, post, says
 
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "name": "get_weather", "parameters": WEATHER}
@@ -124,3 +124,38 @@ async def test_errors_reach_the_client_as_their_types():
     client = openai_client(ScriptedService(says("x")))
     with pytest.raises(openai.NotFoundError):
         await client.responses.create(model="another", input="hi")
+
+
+def logprobs_told(response):
+    """Of the deltas of a stream, and of the whole answer that it ends in."""
+    streamed = named_events(response)
+    deltas = [
+        each for name, data in streamed if name == "response.output_text.delta" for each in data["logprobs"]
+    ]
+    (part,) = streamed[-1][1]["response"]["output"][0]["content"]
+    return deltas, part["logprobs"]
+
+
+async def test_the_log_probabilities_of_a_part_of_a_character_come_with_it():
+    service = ScriptedService(says("aé!", FinishReason.LENGTH, logprob=-1.0))
+    deltas, whole = logprobs_told(await post(service, "/v1/responses", input="hi", top_logprobs=1, stream=True))
+    assert deltas == whole
+    assert [byte for each in whole for byte in each["bytes"]] == list("aé!".encode())
+
+
+async def test_log_probabilities_are_told_once_where_text_is_held_back_to_the_end():
+    service = ScriptedService(says("a <", FinishReason.LENGTH, step=3, logprob=-1.0))
+    settings = {"tool_call_parser": "hermes"}
+    response = await post(
+        service, "/v1/responses", settings, input="hi", top_logprobs=1, stream=True, tools=[TOOL]
+    )
+    deltas, whole = logprobs_told(response)
+    assert deltas == whole
+    assert [byte for each in whole for byte in each["bytes"]] == list(b"a <")
+
+
+async def test_the_id_is_the_whole_id_of_the_request():
+    async with client_for(ScriptedService(says("a"))) as client:
+        answer = await client.post("/v1/responses", json={"input": "hi"}, headers={"X-Request-Id": "one-1"})
+    assert answer.json()["id"] == "resp_one-1"
+    assert answer.json()["output"][0]["id"] == "msg_one-1_0"

@@ -99,6 +99,10 @@ def test_a_slow_layer_is_named_and_dense_layers_are_not_compared_with_others():
     assert [layer.slowness for layer in report.layers] == pytest.approx([1.0, 1.0, 1.0, 3.0, 1.0])
 
 
+def test_few_batches_make_no_layer_slow():
+    assert straggler_report([ffn(0, 0.001, 0.001, 0.009, batches=5)], 60.0).findings == NOTHING_STANDS_OUT
+
+
 def test_experts_are_counted_over_replicas_and_shards_and_a_hot_one_is_named():
     totals = [
         ffn(0, 0.001, tokens=((100, 20),)),
@@ -136,7 +140,13 @@ def test_what_was_done_since_a_reading():
 
 
 @pytest.mark.parametrize(
-    "before", [ffn(0, 0.001, batches=9), ffn(0, 0.002, batches=4), ffn(0, 0.001, batches=4, rows=99)]
+    "before",
+    [
+        ffn(0, 0.001, batches=9),
+        ffn(0, 0.002, batches=4),
+        ffn(0, 0.001, batches=4, rows=99),
+        ffn(0, 0.001, batches=4, tokens=((1, 2),)),
+    ],
 )
 def test_a_worker_that_was_loaded_again_counts_from_nothing(before):
     now = ffn(0, 0.001, batches=5)

@@ -20,6 +20,7 @@ const CHARTS = [
     series: [{ label: "running", colour: "batch-0", filled: true }, { label: "in the queue", colour: "batch-1" }],
     values: (update) => [update.requests.running, update.requests.waiting],
     write: short,
+    axis: (value) => (Number.isInteger(value) ? short(value) : ""),
     least: 4,
   },
   {

@@ -76,6 +76,7 @@ export class Chat {
 
   async _answer() {
     const answer = new Answer(this._settings.model);
+    const messages = this._messages;
     this._log.querySelectorAll(".again").forEach((button) => button.remove());
     this._log.append(answer.element);
     this._log.scrollTop = this._log.scrollHeight;
@@ -85,7 +86,7 @@ export class Chat {
       const response = await fetch("v1/chat/completions", {
         method: "POST",
         headers: { "Content-Type": "application/json", ...this._key.headers() },
-        body: JSON.stringify(this._body(this._messages)),
+        body: JSON.stringify(this._body(messages)),
         signal: this._asking.signal,
       });
       if (!response.ok) throw new Error(await problemOf(response));
@@ -99,11 +100,13 @@ export class Chat {
       else answer.fail(error instanceof TypeError ? "The server cannot be reached." : error.message);
     }
     this._asking = null;
-    if (answer.content) this._messages.push({ role: "assistant", content: answer.content });
-    this._offer(answer);
+    if (messages === this._messages) { // no new chat has begun meanwhile
+      if (answer.content) messages.push({ role: "assistant", content: answer.content });
+      this._offer(answer);
+      this._showUse(answer.usage);
+    }
     this._showState();
     byId("announcer").textContent = answer.outcome;
-    this._showUse(answer.usage);
     this._follow();
   }
 

@@ -59,6 +59,7 @@ class Row {
     write(this._state, worker.state);
     write(this._since, span(worker.since_s));
     write(this._reason, worker.reason);
+    this._reason.title = worker.reason; // three lines of it are shown
     const has = worker.running !== undefined;
     write(this._cells.requests, has ? `${worker.running}${worker.waiting ? ` + ${worker.waiting} waiting` : ""}` : "");
     write(this._cells.kv, has ? percent(worker.kv_cache_usage) : "");

@@ -6,6 +6,12 @@ from afd_server.text.message import WholeMessage
 from afd_server.text.tool_calls.registry import format_of, parser_class
 from tests.unit.text.tool_calls.written import FUNCTIONS
 
+DEEP = "[" * 2000 + "]" * 2000
+
+
+def coder(parameter, value):
+    return f"<tool_call><function=get_weather><parameter={parameter}>{value}</parameter></function></tool_call>"
+
 
 def parse(name, text):
     parser = parser_class(name)(FUNCTIONS)
@@ -25,6 +31,9 @@ def parse(name, text):
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "x', "", [("f", '{"a": "x')]),
         ("hermes", '<tool_call>{"name": "f", "argum', '<tool_call>{"name": "f", "argum', []),
         ("hermes", '<tool_call>{"name": 1, "arguments": {}}', '<tool_call>{"name": 1, "arguments": {}}', []),
+        ("hermes", '<tool_call>{"name": "\\ud800"}', '<tool_call>{"name": "\\ud800"}', []),
+        ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"\\ud800\\"}"}', "", [("f", '{"a": "\\ud800"}')]),
+        ("hermes", f'<tool_call>{{"name": {DEEP}}}', f'<tool_call>{{"name": {DEEP}}}', []),
         ("hermes", '<tool_call>\n<tool_call>{"name": "f"}', "<tool_call>", [("f", "{}")]),
         ("hermes", "a <tool_ call> b ", "a <tool_ call> b ", []),
         ("llama3_json", '{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', []),
@@ -35,6 +44,12 @@ def parse(name, text):
         ("pythonic", "[get_weather(exact=true, tags=[null])]", "", [("get_weather", '{"exact": true, "tags": [null]}')]),
         ("pythonic", "[get_weather(open('x'))]", "[get_weather(open('x'))]", []),
         ("pythonic", "[1, 2]", "[1, 2]", []),
+        ("pythonic", "[get_weather(share=1e999)]", "[get_weather(share=1e999)]", []),
+        ("pythonic", "[get_weather(city='\\ud800')]", "", [("get_weather", '{"city": "\\ud800"}')]),
+        ("qwen3_coder", coder("share", "NaN"), "", [("get_weather", '{"share": "NaN"}')]),
+        ("qwen3_coder", coder("share", "1e999"), "", [("get_weather", '{"share": "1e999"}')]),
+        ("qwen3_coder", coder("tags", DEEP), "", [("get_weather", f'{{"tags": "{DEEP}"}}')]),
+        ("qwen3_coder", coder("tags", '["\\ud800"]'), "", [("get_weather", '{"tags": ["\\ud800"]}')]),
         ("mistral", "[TOOL_CALLS]no", "[TOOL_CALLS]no", []),
         ("mistral", '[TOOL_CALLS]f{"a": 1}', "", [("f", '{"a": 1}')]),
         ("deepseek_v31", "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>", "", [("f", "{}")]),
