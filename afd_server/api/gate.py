@@ -157,8 +157,11 @@ def _forbidden(message: str) -> JSONResponse:
 
 
 def _is_from_here(scope: Scope, headers: dict[bytes, bytes]) -> bool:
-    """Whether a program on this host asks for itself: not for others, as a proxy does, nor for a page, as a browser does."""
+    """Whether a program on this host asks for itself: not for others, as a proxy does, nor for another's page, as a browser does."""
     if any(name in headers for name in (b"forwarded", b"x-forwarded-for", b"origin")):
+        return False
+    # A browser names no origin where a page shows an image of ours, say.
+    if headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
         return False
     try:
         address = ipaddress.ip_address(scope["client"][0])

@@ -140,6 +140,8 @@ async def test_with_a_key_the_key_is_asked_for_from_everywhere(workers, path):
         ("", {}, 403),
         ("127.0.0.1", {"X-Forwarded-For": "192.0.2.7"}, 403),
         ("127.0.0.1", {"Origin": "https://page.example"}, 403),
+        ("127.0.0.1", {"Sec-Fetch-Site": "cross-site"}, 403),
+        ("127.0.0.1", {"Sec-Fetch-Site": "same-origin"}, 200),
     ],
 )
 async def test_without_a_key_programs_of_this_host_may_ask(workers, host, headers, status):
