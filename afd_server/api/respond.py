@@ -54,7 +54,7 @@ class Responder:
         """OpenAI's way: chunks of one form. Raises ServingError before the first of them."""
         pieces, usage = self._pieces(request, body, job), Usage(job)
         if body.stream:
-            return await _stream(request, events(pieces, answer, usage, body))
+            return await streamed(request, events(pieces, answer, usage, body))
         return await _whole(request, collect(pieces, answer, usage))
 
     async def respond_in_parts(
@@ -63,7 +63,7 @@ class Responder:
         """The newer way: named events of parts that begin, grow and end. Raises ServingError before the first of them."""
         pieces = self._pieces(request, body, job)
         if body.stream:
-            return await _stream(request, events_of_parts(pieces, answer))
+            return await streamed(request, events_of_parts(pieces, answer))
         return await _whole(request, collect_parts(pieces, answer))
 
     def _pieces(self, request: Request, body: GenerationFields, job: Job) -> AsyncGenerator[Piece, None]:
@@ -91,7 +91,8 @@ async def _whole(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) ->
     return Response(msgspec.json.encode(answered), media_type="application/json")
 
 
-async def _stream(request: Request, stream: AsyncGenerator[bytes, None]) -> Response:
+async def streamed(request: Request, stream: AsyncGenerator[bytes, None]) -> Response:
+    """An answer of events. Raises what the stream raises before the first of them."""
     try:
         first = await unless_client_leaves(request.receive, anext(stream))
     except ClientLeftError:

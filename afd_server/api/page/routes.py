@@ -17,8 +17,8 @@ from starlette.exceptions import HTTPException
 
 from afd_server.api.gate import access_of
 from afd_server.api.page.live import Live
+from afd_server.api.respond import streamed
 from afd_server.api.settings import ApiSettings, Service
-from afd_server.api.streaming import ClientLeftError, EventStream, unless_client_leaves
 from afd_server.telemetry.metrics import Metrics
 
 MEDIA_TYPES = {
@@ -72,16 +72,7 @@ def add_page_routes(app: FastAPI, settings: ApiSettings, service: Service, metri
 
     @app.get("/admin/live", include_in_schema=False)
     async def watch(request: Request) -> Response:
-        updates = live.updates()
-        try:
-            first = await unless_client_leaves(request.receive, anext(updates))
-        except ClientLeftError:
-            await updates.aclose()
-            return Response(status_code=499)
-        except BaseException:
-            await updates.aclose()
-            raise
-        return EventStream(first, updates)
+        return await streamed(request, live.updates())
 
     _add_files(app)
     return live
