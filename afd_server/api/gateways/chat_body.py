@@ -32,7 +32,9 @@ def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
         field, inner = _split(error.field)
         if field not in names:
             raise
-        message = str(error).replace(field, names[field], 1)
+        message = str(error)
+        if message.startswith(field):
+            message = names[field] + message.removeprefix(field)
         raise type(error)(message, names[field] + inner) from None
 
 

@@ -5,6 +5,7 @@ import json
 import openai
 import pytest
 
+from afd_server.text.chat_template import ChatTemplate
 from afd_server.types import FinishReason
 from tests.unit.api.scripted_service import TOKENIZER, ScriptedService, client_for, openai_client, post, says
 
@@ -159,3 +160,12 @@ async def test_the_id_is_the_whole_id_of_the_request():
         answer = await client.post("/v1/responses", json={"input": "hi"}, headers={"X-Request-Id": "one-1"})
     assert answer.json()["id"] == "resp_one-1"
     assert answer.json()["output"][0]["id"] == "msg_one-1_0"
+
+
+async def test_a_refusal_keeps_its_sentence_and_names_the_clients_field():
+    settings = {"chat_template": ChatTemplate("{{ raise_exception('no') }}")}
+    answer = await post(ScriptedService(says("a")), "/v1/responses", settings, input="hi")
+    error = answer.json()["error"]
+    assert (error["message"], error["param"]) == (
+        "the model's chat template refuses these messages: no", "input"
+    )  # fmt: skip
