@@ -25,7 +25,7 @@ ERRORS = {
     408: "The request has not arrived within --client-timeout.",
     409: "It cannot be done now.",
     413: "The body is too large.",
-    429: "The promises to others, or the limits of this key, leave no room: Retry-After says when to try again.",
+    429: "The promises to others, the limits of this key, or recordings under way leave no room: Retry-After says when to try again.",
     500: "The request failed within the server.",
     503: "No worker can take it now.",
 }
@@ -71,7 +71,7 @@ ROWS = {
         "Anthropic's events, `message_start` to `message_stop`.", schema.MessagesErrorBody,
     ),
     ("post", "/v1/messages/count_tokens"): Row(
-        "tokens", "The tokens of a prompt of that form", schema.InputTokens, BODY, None,
+        "tokens", "The tokens of a prompt of that form", schema.InputTokens, (*BODY, 429), None,
         {"model": "default", "messages": HELLO}, None, schema.MessagesErrorBody,
     ),
     ("get", "/v1/models"): Row("models", "The models: one", schema.ModelList),
@@ -94,7 +94,7 @@ ROWS = {
         "admin", "More or fewer workers", schema.Workers, (400, 403, 408, 409, 413, 503), None, {"attention_workers": 2}
     ),
     ("post", "/admin/restart"): Row("admin", "Each worker anew", schema.Workers, (403, 409, 503)),
-    ("get", "/admin/trace"): Row("admin", "Every hop for a while", None, (400, 403, 503)),
+    ("get", "/admin/trace"): Row("admin", "Every hop for a while", None, (400, 403, 429, 503)),
     ("get", "/admin/stragglers"): Row("admin", "What is slow", None, (403, 503)),
 }  # fmt: skip
 

@@ -109,6 +109,12 @@ async def test_the_document_is_whole():
     assert {reference.removeprefix("#/components/schemas/") for reference in references} <= schemas.keys()
 
 
+def test_whatever_may_be_refused_for_a_limit_tells_of_it():
+    """What is asked of the model counts against a key's limit, and so many may record at once."""
+    limited = {row for row in ROWS if row[0] == "post" and row[1].startswith("/v1")} | {("get", "/admin/trace")}
+    assert {row for row, told in ROWS.items() if 429 in told.errors} == limited
+
+
 async def test_examples_are_accepted():
     for (method, path), row in ROWS.items():
         if row.example is not None and not path.startswith("/admin"):
