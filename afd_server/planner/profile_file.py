@@ -1,6 +1,6 @@
 """The YAML file that `afd profile` writes: times of a model measured on a machine, and where they were measured.
 
-What lives here: the format, both ways. What does not: measuring (profiling.py) and using (times.py, by the layout search, the
+What lives here: the format, both ways. What does not: measuring (profiling/) and using (times.py, by the layout search, the
 simulator and the scheduler).
 """
 

@@ -2,7 +2,7 @@
 
 What lives here: what engine/loop.py and engine/engine.py do for a replica that serves, in the same order: requests are taken in
 between two steps, a plan is made, executed and accounted for. It is a `ReplicaClient`, so the router has it as any other.
-What does not: how long a step takes (an `Execution`), and who kills it (disturbances.py).
+What does not: how long a step takes (an `Execution`), and who kills it (fleet.py).
 """
 
 from __future__ import annotations

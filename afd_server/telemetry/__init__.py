@@ -1,1 +1,1 @@
-"""What a running server tells of itself: log lines and Prometheus metrics. Decides nothing."""
+"""What a running server tells of itself: log lines, Prometheus metrics, traces, and who is slow. Decides nothing."""

@@ -1,6 +1,6 @@
 """What a model writes that cannot but call: a list of calls, or the arguments of one function, and nothing else.
 
-The form is no model's own; decoding is constrained to it (constraint.py). vLLM has the same.
+The form is no model's own; decoding is constrained to it (forced_schema.py). vLLM has the same.
 """
 
 from __future__ import annotations
