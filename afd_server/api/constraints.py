@@ -7,6 +7,7 @@ place in it that is wrong. What does not: making grammars (text/constraints.py),
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ class ConstraintCheck:
         self._tokenizer = tokenizer
         self._special_tokens = tokenizer.added_special_tokens
         self._vocabulary = constraints.byte_vocabulary(tokenizer)
-        self._sound: OrderedDict[str, None] = OrderedDict()
+        self._sound: OrderedDict[bytes, None] = OrderedDict()  # by digest: a text may be long
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="check-grammar")
 
     async def of_body(self, body: GenerationFields, num_choices: int) -> str | None:
@@ -103,13 +104,14 @@ class ConstraintCheck:
                 f"{length} characters for each of {num_choices} choices; at most {MAX_CONSTRAINT_CHARACTERS}, "
                 f"and {MAX_CONSTRAINT_CHARACTERS_IN_ALL} in all",
             )
-        if constraint not in self._sound:
+        digest = hashlib.blake2b(constraint.encode(errors="surrogatepass"), digest_size=16).digest()
+        if digest not in self._sound:
             problem, place = await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._problem, constraint, wanted.schema
             )
             if problem:
                 raise self._refusal(wanted, problem, place)
-            self._sound[constraint] = None
+            self._sound[digest] = None
             if len(self._sound) > MAX_SOUND:
                 self._sound.popitem(last=False)
         return constraint

@@ -17,6 +17,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -241,6 +242,10 @@ def _version(file: Path) -> tuple[int, ...] | None:
 
 
 def _warn_of_permissions(file: Path) -> None:
-    mode = stat.S_IMODE(file.stat().st_mode)
+    with suppress(FileNotFoundError):  # gone since it was read
+        _warn_of_mode(file, stat.S_IMODE(file.stat().st_mode))
+
+
+def _warn_of_mode(file: Path, mode: int) -> None:
     if mode & (stat.S_IWGRP | stat.S_IWOTH | stat.S_IROTH):
         logger.warning("%s can be read or written by others (mode %o): chmod 600", file, mode)

@@ -54,7 +54,8 @@ class StragglerMetrics:
             self._batches.labels(*labels).inc(sum(layer.batches for layer in more))
             self._rows.labels(*labels).inc(sum(layer.rows for layer in more))
             self._last[worker.worker] = worker
-        self._slowness.clear()  # a worker that has left is not slow
+        for gauge in (self._slowness, self._layer_time, self._expert_load):
+            gauge.clear()  # what did not run in the last minute has no value
         for pace in report.workers:
             if pace.slowness is not None:
                 self._slowness.labels(self._model_name, pace.worker, pace.role).set(pace.slowness)
