@@ -23,7 +23,9 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("chaos") / "model")
 
 
-@pytest.mark.parametrize("layout", SHORT)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(each, marks=pytest.mark.slow) if each == "2A1F" else each for each in SHORT]
+)
 def test_nothing_is_lost(model, layout):
     kinds = SHORT[layout]
     report = run(model, layout, SEED, islice(schedule(SEED, LAYOUTS[layout][0], kinds), len(kinds)))

@@ -154,7 +154,7 @@ def test_anthropics_client_is_answered(server):
 # Program -> what it prints, of many words. Those with a server find it by their environment.
 EXAMPLES = {
     "chat.py": r"Paris\.\n\d+ tokens in, \d+ tokens out\n\w+",
-    "curl.sh": r'"id":"smol".*Paris.*"text":" four".*data: \[DONE\]',
+    "curl.sh": r'"id":"smol".*Paris.*"text":" four.*data: \[DONE\]',
     "batch.py": r"(0\.\d\d a token: The capital of France is'.*'\n){2}(0\.\d\d a token: Water freezes at.*\n){2}",
     "structured.py": r"\{'name': '.*', 'country': '.*', 'is_capital': (True|False)\}\n(positive|negative)\n",
     "tools.py": r"get_weather \w+.*\n.*\w+",
