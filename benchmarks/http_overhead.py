@@ -131,7 +131,7 @@ async def front_end(model: Path, port: int) -> None:
     client = await ControlClient.connect(endpoint, secret, CONNECT_TIMEOUT_S)
     tokenizer, metrics = Tokenizer.load(model), Metrics("replay")
     settings = ApiSettings(model_name="replay", max_model_len=MAX_MODEL_LEN, vocab_size=2**20, version="replay")
-    service = Service(LocalWorkers(ServeConfig(model=str(model))))  # none of its own; never started
+    service = Service(LocalWorkers(ServeConfig(model=str(model))), metrics)  # workers that are never started
     async with Router([client], metrics.observe_step, metrics.observe_lost) as router:
         service.open(router)
         app = create_app(settings, service, tokenizer, metrics)
