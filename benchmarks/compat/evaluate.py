@@ -52,22 +52,26 @@ def program() -> Path:
 
 
 def score(tasks: Path, model: str, arguments: str) -> dict[str, Any]:
-    """Task -> metric -> value, and the log-likelihoods of every answer of the first task."""
+    """Task -> metric -> value, the log-likelihood of every answer of the first task, and the texts of the second."""
     with tempfile.TemporaryDirectory() as out:
         command = [program(), "run", "--model", model, "--model_args", arguments, "--tasks",
                    ",".join(f"afd_{name}" for name in TASKS), "--include_path", tasks, "--output_path", out,
-                   "--log_samples", "--batch_size", "4"]  # fmt: skip
+                   "--log_samples", "--batch_size", "4", "--device", "cpu"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
         (results,) = Path(out).rglob("results_*.json")
         scores = {task: {name: value for name, value in metrics.items() if isinstance(value, float)}
                   for task, metrics in json.loads(results.read_text())["results"].items()}  # fmt: skip
-        (samples,) = Path(out).rglob("samples_afd_facts_*.jsonl")
-        rows = [json.loads(line) for line in samples.read_text().splitlines()]
-        likelihoods = [float(answer[0]) for row in sorted(rows, key=lambda row: row["doc_id"])
-                       for answer in row["filtered_resps"]]  # fmt: skip
-        return {"scores": scores, "log_likelihoods": likelihoods}
+        likelihoods = [float(answer[0]) for answers in _answers(out, "facts") for answer in answers]
+        return {"scores": scores, "log_likelihoods": likelihoods, "texts": _answers(out, "continue")}
+
+
+def _answers(out: str, task: str) -> list[Any]:
+    """What came of each question, in order."""
+    (samples,) = Path(out).rglob(f"samples_afd_{task}_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    return [row["filtered_resps"] for row in sorted(rows, key=lambda row: row["doc_id"])]
 
 
 def main() -> int:
@@ -81,7 +85,7 @@ def main() -> int:
             (tasks / f"{name}.yaml").write_text(
                 text.replace("{data_files}", str(HERE / "tasks" / "facts.jsonl"))
             )
-        theirs = score(tasks, "hf", f"pretrained={model},dtype=float32,device=cpu")
+        theirs = score(tasks, "hf", f"pretrained={model},dtype=float32")
         with server(["--dtype", "float32"], str(model)) as url:
             name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
             ours = score(tasks, "local-completions", f"model={name},base_url={url}/v1/completions,tokenizer={model},"
@@ -96,8 +100,10 @@ def main() -> int:
     pairs = zip(theirs["log_likelihoods"], ours["log_likelihoods"], strict=True)
     furthest = max(abs(first - second) for first, second in pairs)
     print(f"log-likelihoods of {len(ours['log_likelihoods'])} answers differ by {furthest:.1e} at most")
-    same = theirs["scores"] == ours["scores"]
-    print(json.dumps({"commit": commit(), "machine": machine(), "same": same, "largest_difference": furthest,
+    equal = sum(first == second for first, second in zip(theirs["texts"], ours["texts"], strict=True))
+    print(f"{equal} of {len(ours['texts'])} greedy texts are the same")
+    same = theirs["scores"] == ours["scores"] and equal == len(ours["texts"])
+    print(json.dumps({"commit": commit(), "machine": machine(), "same": same, "largest_difference": furthest, "equal_texts": equal,
                       "transformers": theirs["scores"], "afd": ours["scores"]}))  # fmt: skip
     return int(not same)
 

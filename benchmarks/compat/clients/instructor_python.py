@@ -3,13 +3,15 @@
 import instructor
 import openai
 from checks import API_KEY, MODEL, URL, check
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 openai_client = openai.OpenAI(base_url=f"{URL}/v1", api_key=API_KEY, max_retries=0)
 MESSAGES = [{"role": "user", "content": "Paris has two million inhabitants."}]
 
 
 class City(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # a small model would go on adding properties
+
     name: str = Field(max_length=20)
     inhabitants: int = Field(ge=0, le=99_999_999)
 
