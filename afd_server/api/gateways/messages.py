@@ -9,11 +9,11 @@ from afd_server.api.gateways.chat_body import chat_body
 from afd_server.api.protocol.chat import ChatCompletionRequest
 from afd_server.api.protocol.messages import (
     CountTokensRequest,
-    InputMessage,
     MessagesRequest,
+    MessagesToolChoice,
+    MessagesTurn,
     TextBlock,
     ThinkingBlock,
-    ToolChoice,
     ToolResultBlock,
     ToolUseBlock,
 )
@@ -60,7 +60,7 @@ def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
     return messages
 
 
-def _user(message: InputMessage, number: int) -> list[dict[str, Any]]:
+def _user(message: MessagesTurn, number: int) -> list[dict[str, Any]]:
     """Results of tools, each a message of its own, then what the user says."""
     results, texts = [], []
     for block in message.content:
@@ -74,7 +74,7 @@ def _user(message: InputMessage, number: int) -> list[dict[str, Any]]:
     return [*results, {"role": "user", "content": "\n".join(texts)}] if texts or not results else results
 
 
-def _assistant(message: InputMessage, number: int) -> list[dict[str, Any]]:
+def _assistant(message: MessagesTurn, number: int) -> list[dict[str, Any]]:
     texts, thoughts, calls = [], [], []
     for block in message.content:
         match block:
@@ -100,7 +100,7 @@ def _misplaced(block: Any, number: int) -> RequestError:
     return RequestError(f"{field}: a {block.type} block does not belong to this role", field)
 
 
-def _tool_choice(choice: ToolChoice | None) -> Any:
+def _tool_choice(choice: MessagesToolChoice | None) -> Any:
     if choice is None:
         return None
     if choice.type != "tool":

@@ -15,7 +15,7 @@ from afd_server.api.protocol.responses import (
     INCLUDED,
     FunctionCallItem,
     FunctionCallOutput,
-    InputMessage,
+    MessageItem,
     ReasoningItem,
     ResponsesRequest,
     TextFormat,
@@ -63,7 +63,7 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
     reasoning: list[str] = []
     for item in body.input:
         match item:
-            case InputMessage():
+            case MessageItem():
                 message = {"role": item.role, "content": item.content}
                 messages.append(_with_reasoning(message, reasoning) if item.role == "assistant" else message)
             case ReasoningItem():

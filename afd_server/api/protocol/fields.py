@@ -26,8 +26,15 @@ def finite(**bounds: Any) -> Any:
     return Field(strict=True, allow_inf_nan=False, **bounds)
 
 
-# What asks for nothing, as JSON has it.
-NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
+# What asks for nothing, as a JSON schema says it.
+NOTHING_JSON = (
+    {"type": "null"},
+    {"const": False},
+    {"const": 0},
+    {"const": ""},
+    {"type": "array", "items": {}, "maxItems": 0},
+    {"type": "object", "maxProperties": 0},
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class Refusal:
         return core_schema.with_info_after_validator_function(self.check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": [*NOTHING, *self.harmless]}
+        """Of one type each: generators of clients make nothing of an enum of several."""
+        return {"anyOf": [*NOTHING_JSON, *map(_json_of, self.harmless)]}
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,12 @@ class ChangesNothing:
 def _is_same(value: Any, other: Any) -> bool:
     """As JSON sees it: true is not 1."""
     return bool(value == other) and isinstance(value, bool) is isinstance(other, bool)
+
+
+def _json_of(value: Any) -> dict[str, Any]:
+    if isinstance(value, list):
+        return {"type": "array", "items": {"enum": value}, "minItems": len(value), "maxItems": len(value)}
+    return {"const": value}
 
 
 def refuse_except(*harmless: Any) -> Refusal:

@@ -70,7 +70,7 @@ BiasJSON = {
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     "maxProperties": MAX_TOKEN_RULES,
 }
-ReportJSON = {"anyOf": [{"type": "integer", "minimum": -1}, {"enum": [None, False]}]}
+ReportJSON = {"anyOf": [{"type": "integer", "minimum": -1}, {"const": False}, {"type": "null"}]}
 MaxTokens = Annotated[StrictInt, Field(ge=0), WHOLE]
 NumLogprobs = Annotated[StrictInt, Field(ge=-1), WHOLE]  # -1: of the whole vocabulary
 

@@ -58,12 +58,12 @@ Block = Annotated[
 ]
 
 
-class InputMessage(Body):
+class MessagesTurn(Body):
     role: Literal["user", "assistant"]
     content: Annotated[list[Block], FIRST, BeforeValidator(_blocks, StrictStr | list[Block])]
 
 
-class Tool(Body):
+class MessagesTool(Body):
     name: StrictStr
     input_schema: dict[StrictStr, Any]
     description: StrictStr | None = None
@@ -72,7 +72,7 @@ class Tool(Body):
     strict: Unused = None
 
 
-class ToolChoice(Body):
+class MessagesToolChoice(Body):
     type: Literal["auto", "any", "tool", "none"]
     name: StrictStr | None = None
     disable_parallel_tool_use: StrictBool = False
@@ -89,13 +89,13 @@ class Thinking(Body):
 class CountTokensRequest(Body):
     model: StrictStr
     """The name under which the model is served; another one is 404."""
-    messages: Annotated[list[InputMessage], FIRST, Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[MessagesTurn], FIRST, Field(min_length=1, max_length=MAX_MESSAGES)]
     """Of user and assistant, as texts or blocks: text, thinking, tool_use, tool_result."""
     system: Text | None = None
     """The system message."""
-    tools: Annotated[list[Tool], FIRST] | None = None
+    tools: Annotated[list[MessagesTool], FIRST] | None = None
     """Tools that the model may call."""
-    tool_choice: ToolChoice | None = None
+    tool_choice: MessagesToolChoice | None = None
     """Whether it may (auto), must (any, or tool with a name), or must not (none)."""
     thinking: Thinking | None = None
     """Whether the model thinks first, where its chat template has a choice."""

@@ -19,7 +19,7 @@ def _items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-class InputMessage(Body):
+class MessageItem(Body):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: ConversationText
@@ -59,7 +59,7 @@ class ReasoningItem(Body):
 
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 Item = Annotated[
-    Annotated[InputMessage, Tag("message")]
+    Annotated[MessageItem, Tag("message")]
     | Annotated[FunctionCallItem, Tag("function_call")]
     | Annotated[FunctionCallOutput, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")],
@@ -70,7 +70,7 @@ Item = Annotated[
 Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
-class FunctionTool(Body):
+class ResponsesTool(Body):
     type: Literal["function"]
     name: StrictStr
     description: StrictStr | None = None
@@ -149,7 +149,7 @@ class ResponsesRequest(Body):
     """The form of the output."""
     reasoning: ReasoningOptions | None = None
     """How much the model thinks, where its chat template has a choice."""
-    tools: Annotated[list[FunctionTool], FIRST] | None = None
+    tools: Annotated[list[ResponsesTool], FIRST] | None = None
     """Functions that the model may call."""
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     """Whether it may, must not, or must, and which."""
