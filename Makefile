@@ -14,7 +14,7 @@ AFD := $(VENV)/bin/afd
 ARGS ?=
 MINUTES ?= 30
 
-.PHONY: setup serve serve-moe test unit integration lint docs chaos format clean browser
+.PHONY: setup serve serve-moe test unit integration lint docs chaos format clean browser promtool
 
 setup: $(VENV)/.ready
 
@@ -44,18 +44,26 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The page is tested in a real browser. Where one cannot be installed so, those tests are skipped, and say it.
+# What tests look with, of Debian's packages: a browser for the page, and Prometheus' check of its rules. Where they cannot be had
+# so, those tests are skipped, and say it; where CI is set they fail.
 browser:
 	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { \
 	    echo "installing chromium, for the tests of the page" && apt-get -qq update && \
 	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
 	    echo "chromium cannot be installed"
 
+promtool: $(VENV)/.ready-dev
+	@[ -x $(VENV)/bin/promtool ] || ! command -v apt-get >/dev/null || { \
+	    echo "fetching promtool, for the tests of the alert rules" && cd $(VENV) && \
+	    { apt-get -qq download prometheus 2>/dev/null || { apt-get -qq update && apt-get -qq download prometheus; }; } && \
+	    dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool >bin/promtool.new && chmod +x bin/promtool.new && \
+	    mv bin/promtool.new bin/promtool && rm prometheus_*.deb; } || echo "promtool cannot be fetched"
+
 # Unit tests and tests of real servers side by side: the latter mostly wait.
-test: lint browser
+test: lint browser promtool
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line unit integration
 
-unit: $(VENV)/.ready-dev
+unit: $(VENV)/.ready-dev promtool
 	$(VENV)/bin/python -m pytest tests/unit tests/test_architecture.py
 
 integration: $(VENV)/.ready-dev browser
