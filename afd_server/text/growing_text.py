@@ -7,8 +7,11 @@ read does not depend on how the text was cut into pieces. Called by the parsers 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from typing import TypeVar
+
+from afd_server.text.message import MessageDelta
 
 Result = TypeVar("Result")
 Steps = Generator[None, None, Result]  # yields where it needs more text
@@ -106,3 +109,30 @@ def undecided(text: str, marks: Sequence[str]) -> int:
         if any(mark.startswith(text[-length:]) for mark in marks):
             return length
     return 0
+
+
+class TextParser(ABC):
+    """One output's text in, what it adds to the message out, whichever way it is cut into pieces."""
+
+    def __init__(self) -> None:
+        self._text = GrowingText()
+        self._steps = self._read()
+
+    def feed(self, text: str) -> MessageDelta:
+        self._text.grow(text)
+        next(self._steps, None)
+        return self._taken()
+
+    def finish(self) -> MessageDelta:
+        """What was held back, when the text ends."""
+        self._text.end()
+        next(self._steps, None)
+        return self._taken()
+
+    @abstractmethod
+    def _read(self) -> Steps[None]:
+        """Reads the whole text, to its end."""
+
+    @abstractmethod
+    def _taken(self) -> MessageDelta:
+        """What has been read since it was last asked."""

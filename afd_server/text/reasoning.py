@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from afd_server.text.growing_text import GrowingText, Steps, undecided
+from afd_server.text.growing_text import Steps, TextParser, undecided
 from afd_server.text.message import MessageDelta
 
 
@@ -61,27 +61,16 @@ def format_of(template_source: str) -> str | None:
     return None
 
 
-class ReasoningParser:
+class ReasoningParser(TextParser):
     """One output's text in, reasoning and content out, whichever way it is cut into pieces."""
 
     def __init__(self, form: ReasoningFormat, *, begins_inside: bool) -> None:
+        super().__init__()
         self._format = form
         self._inside = begins_inside
-        self._text = GrowingText()
         self._content = self._reasoning = ""
-        self._steps = self._read()
 
-    def feed(self, text: str) -> MessageDelta:
-        self._text.grow(text)
-        return self._go_on()
-
-    def finish(self) -> MessageDelta:
-        """What was held back, when the text ends."""
-        self._text.end()
-        return self._go_on()
-
-    def _go_on(self) -> MessageDelta:
-        next(self._steps, None)
+    def _taken(self) -> MessageDelta:
         delta = MessageDelta(self._content, self._reasoning)
         self._content = self._reasoning = ""
         return delta

@@ -10,11 +10,11 @@ from __future__ import annotations
 import random
 import secrets
 import string
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from afd_server.text.growing_text import GrowingText, Steps, first_of, undecided
+from afd_server.text.growing_text import Steps, TextParser, first_of, undecided
 from afd_server.text.message import CallDelta, Function, MessageDelta
 
 MAX_NAME = 256  # characters of a function's name; a text that does not end it by then is none
@@ -29,7 +29,7 @@ def short_call_id() -> str:
     return "".join(random.SystemRandom().choices(string.ascii_letters + string.digits, k=9))
 
 
-class ToolCallParser(ABC):
+class ToolCallParser(TextParser):
     """One output's text in, content and calls out, whichever way it is cut into pieces.
 
     marks: texts that the format is made of, and that may be special tokens. new_id: makes the id of a call.
@@ -38,34 +38,19 @@ class ToolCallParser(ABC):
     marks: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, functions: Sequence[Function] = (), new_id: Callable[[], str] = call_id) -> None:
+        super().__init__()
         self._functions = {function.name: function for function in functions}
         self._new_id = new_id
-        self._text = GrowingText()
-        self._steps = self._read()
         self._num_calls = 0
         self._after_call = False
         self._unless_call = ""  # content, unless a call begins
         self._content: list[str] = []
         self._deltas: list[CallDelta] = []
 
-    def feed(self, text: str) -> MessageDelta:
-        self._text.grow(text)
-        return self._go_on()
-
-    def finish(self) -> MessageDelta:
-        """What was held back, when the text ends."""
-        self._text.end()
-        return self._go_on()
-
-    def _go_on(self) -> MessageDelta:
-        next(self._steps, None)
+    def _taken(self) -> MessageDelta:
         delta = MessageDelta("".join(self._content), calls=tuple(self._deltas))
         self._content, self._deltas = [], []
         return delta
-
-    @abstractmethod
-    def _read(self) -> Steps[None]:
-        """Reads the whole text, to its end."""
 
     def _say(self, content: str) -> None:
         if content:
